@@ -1,0 +1,246 @@
+"""SAFNet: selective alignment fusion network (Kong et al., ECCV 2024, arXiv 2407.16308), full and small.
+
+One encoder, shared by the three exposures, and one decoder, shared by four pyramid levels, estimate flows and masks coarse to
+fine at half size. The explicit fusion merges the exposures from them, and a refine module restores detail at full size.
+Module names are those of the published checkpoints.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import safnet_ops
+
+Variant = Literal["full", "small"]
+
+LEVELS = 4
+FEATURES = 40  # channels of every encoder level
+DECODER_CHANNELS = 120
+DECODER_GROUPS = 3
+SIZE_MULTIPLE = 2**LEVELS  # the network's input sides are rounded up to this
+FLOW_SCALE = 20.0  # flows enter the refine module in units of 20 pixels
+
+
+class Alignment(NamedTuple):
+    """Flows (N, 2, h, w) from reference to short / long in pixels of their own size, and masks (N, 1, h, w).
+
+    The masks are logits as `SAFNet.estimate` returns them, and probabilities in `Fusion`.
+    """
+
+    flow_short: Tensor
+    flow_long: Tensor
+    mask_short: Tensor
+    mask_long: Tensor
+
+
+class Fusion(NamedTuple):
+    """The explicit fusion (N, 3, H, W) in the short exposure's units, and the full-size alignment it was made with."""
+
+    fused: Tensor
+    alignment: Alignment
+
+
+def conv_prelu(channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride, dilation, dilation, groups),
+        nn.PReLU(channels_out),
+    )
+
+
+class Encoder(nn.Module):
+    """Exposure (N, 6, H, W) -> features (N, 40, H / 2^k, W / 2^k) for the levels k = 1..4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = 6
+        for level in range(1, LEVELS + 1):
+            pair = nn.Sequential(conv_prelu(channels, FEATURES, stride=2), conv_prelu(FEATURES, FEATURES))
+            self.add_module(f"pyramid{level}", pair)
+            channels = FEATURES
+
+    def forward(self, exposure: Tensor) -> list[Tensor]:
+        features = []
+        for pair in self.children():
+            exposure = pair(exposure)
+            features.append(exposure)
+        return features
+
+
+class Decoder(nn.Module):
+    """Refines flows and mask logits of one level and returns them at twice its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        alignment_channels = 6  # two flows and two masks
+        self.conv1 = conv_prelu(3 * FEATURES + alignment_channels, DECODER_CHANNELS)
+        self.conv2 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
+        self.conv3 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
+        self.conv4 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
+        self.conv5 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS)
+        self.conv6 = nn.ConvTranspose2d(DECODER_CHANNELS, alignment_channels, 4, 2, 1)
+
+    def forward(self, short: Tensor, reference: Tensor, long: Tensor, alignment: Alignment) -> Alignment:
+        warped_short = safnet_ops.backward_warp(short, alignment.flow_short)
+        warped_long = safnet_ops.backward_warp(long, alignment.flow_long)
+        x = self.conv1(torch.cat([warped_short, reference, warped_long, *alignment], 1))
+        for conv, prelu in (self.conv2, self.conv3, self.conv4):
+            x = safnet_ops.group_conv_shuffle(x, conv.weight, conv.bias, prelu.weight, DECODER_GROUPS)
+        change = self.conv6(self.conv5(x))
+        upsampled = [F.interpolate(part, scale_factor=2.0, mode="bilinear", align_corners=False) for part in alignment]
+        flow_short, flow_long, mask_short, mask_long = upsampled
+        return Alignment(
+            2.0 * flow_short + change[:, 0:2],
+            2.0 * flow_long + change[:, 2:4],
+            mask_short + change[:, 4:5],
+            mask_long + change[:, 5:6],
+        )
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv1 = conv_prelu(channels, channels, dilation=dilation)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, dilation, dilation)
+        self.prelu = nn.PReLU(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prelu(x + self.conv2(self.conv1(x)))
+
+
+class FullRefine(nn.Module):
+    """Refine module of the full model: features of the outer exposures are warped, then five residual blocks."""
+
+    DILATIONS = (1, 2, 4, 2, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Sequential(conv_prelu(6, 20), conv_prelu(20, 20))
+        self.conv1 = nn.Sequential(conv_prelu(15, 40), conv_prelu(40, 40))
+        self.conv2 = nn.Sequential(conv_prelu(6, 20), conv_prelu(20, 20))
+        for number, dilation in enumerate(self.DILATIONS, 1):
+            self.add_module(f"resblock{number}", ResidualBlock(80, dilation))
+        self.conv3 = nn.Conv2d(80, 3, 3, 1, 1)
+
+    def warp(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
+        """What the body needs of the outer exposures (N, 6, H, W), aligned to the reference: (N, 20, H, W) each."""
+        warped_short = safnet_ops.backward_warp(self.conv0(short), alignment.flow_short)
+        return warped_short, safnet_ops.backward_warp(self.conv2(long), alignment.flow_long)
+
+    def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """Residual (N, 3, H, W) to add to the explicit fusion; sees RADIUS pixels to each side."""
+        features = self.conv1(torch.cat([reference, *_refine_inputs(fusion)], 1))
+        x = torch.cat([warped[0], features, warped[1]], 1)
+        for number in range(1, len(self.DILATIONS) + 1):
+            x = self.get_submodule(f"resblock{number}")(x)
+        return self.conv3(x)
+
+    RADIUS = 2 + 2 * sum(DILATIONS) + 1
+
+
+class SmallRefine(nn.Module):
+    """Refine module of SAFNet-S: the outer exposures themselves are warped, then seven convolutions."""
+
+    DILATIONS = (1, 1, 2, 4, 2, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number, dilation in enumerate(self.DILATIONS, 1):
+            self.add_module(f"conv{number}", conv_prelu(27 if number == 1 else 32, 32, dilation=dilation))
+        self.conv7 = nn.Conv2d(32, 3, 3, 1, 1)
+
+    def warp(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
+        """The outer exposures (N, 6, H, W), aligned to the reference."""
+        warped_short = safnet_ops.backward_warp(short, alignment.flow_short)
+        return warped_short, safnet_ops.backward_warp(long, alignment.flow_long)
+
+    def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """Residual (N, 3, H, W) to add to the explicit fusion; sees RADIUS pixels to each side."""
+        x = torch.cat([warped[0], reference, warped[1], *_refine_inputs(fusion)], 1)
+        for conv in self.children():
+            x = conv(x)
+        return x
+
+    RADIUS = sum(DILATIONS) + 1
+
+
+def _refine_inputs(fusion: Fusion) -> list[Tensor]:
+    flow_short, flow_long, mask_short, mask_long = fusion.alignment
+    return [flow_short / FLOW_SCALE, flow_long / FLOW_SCALE, mask_short, mask_long, fusion.fused]
+
+
+class SAFNet(nn.Module):
+    """Three exposures of a moving scene -> linear HDR radiance.
+
+    Exposures are (N, 6, H, W) as `safnet.radiance.exposure_input` makes them: linear RGB in the short exposure's units, then LDR
+    RGB, all in [0, 1]. Results are linear radiance (N, 3, H, W) in [0, 1] in the same units, aligned to the reference.
+    """
+
+    def __init__(self, variant: Variant = "full") -> None:
+        super().__init__()
+        if variant not in ("full", "small"):
+            raise ValueError(f"SAFNet: variant must be 'full' or 'small', got {variant!r}")
+        self.variant = variant
+        self.encoder = Encoder()
+        self.decoder = Decoder()
+        self.refinenet = FullRefine() if variant == "full" else SmallRefine()
+
+    def forward(
+        self, short: Tensor, reference: Tensor, long: Tensor, scale_factor: float = 0.5, refine: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (fused, refined): the explicit fusion Hm and the refined result Hr; with refine=False both are Hm."""
+        fusion = self.fuse(short, reference, long, self.estimate(short, reference, long, scale_factor))
+        return fusion.fused, self.refine(short, reference, long, fusion) if refine else fusion.fused
+
+    def estimate(self, short: Tensor, reference: Tensor, long: Tensor, scale_factor: float = 0.5) -> Alignment:
+        """Flows and mask LOGITS at the network's size: sides times scale_factor, rounded up to a multiple of 16."""
+        _check_exposures(short, reference, long)
+        size = network_size(short.shape[2], short.shape[3], scale_factor)
+        exposures = [_resize(exposure, size) for exposure in (short, reference, long)]
+        pyramids = [self.encoder(exposure) for exposure in exposures]
+        n, _, height, width = pyramids[0][-1].shape
+        alignment = Alignment(*(pyramids[0][-1].new_zeros(n, channels, height, width) for channels in (2, 2, 1, 1)))
+        for level in reversed(range(LEVELS)):
+            alignment = self.decoder(*(pyramid[level] for pyramid in pyramids), alignment)
+        return alignment
+
+    def fuse(self, short: Tensor, reference: Tensor, long: Tensor, alignment: Alignment) -> Fusion:
+        """The explicit fusion from `estimate`'s alignment, and that alignment resized to the full size."""
+        images = short[:, 0:3], reference[:, 0:3], long[:, 0:3]
+        fused, *aligned = safnet_ops.upsample_fuse(*images, *alignment, reference[:, 3:6])
+        return Fusion(fused, Alignment(*aligned))
+
+    def refine(self, short: Tensor, reference: Tensor, long: Tensor, fusion: Fusion) -> Tensor:
+        """The refined result from the explicit fusion."""
+        warped = self.refinenet.warp(short, long, fusion.alignment)
+        return (fusion.fused + self.refinenet.body(warped, reference, fusion)).clamp(0, 1)
+
+
+def network_size(height: int, width: int, scale_factor: float) -> tuple[int, int]:
+    """Sides at which flow and mask are estimated."""
+    if not scale_factor > 0:
+        raise ValueError(f"SAFNet: scale_factor must be positive, got {scale_factor}")
+    return _round_up(height * scale_factor), _round_up(width * scale_factor)
+
+
+def _round_up(side: float) -> int:
+    return max(1, -int(-side // SIZE_MULTIPLE)) * SIZE_MULTIPLE
+
+
+def _resize(exposure: Tensor, size: tuple[int, int]) -> Tensor:
+    if exposure.shape[2:] == size:
+        return exposure
+    return F.interpolate(exposure, size, mode="bilinear", align_corners=False)
+
+
+def _check_exposures(short: Tensor, reference: Tensor, long: Tensor) -> None:
+    expected = reference.shape
+    for name, exposure in (("reference", reference), ("short", short), ("long", long)):
+        if exposure.dim() != 4 or exposure.shape[1] != 6 or exposure.shape != expected:
+            raise ValueError(
+                f"SAFNet: {name} must be (N, 6, H, W), the same for all exposures, got {tuple(exposure.shape)} "
+                f"beside a reference of {tuple(expected)}"
+            )
+        if min(exposure.shape[2:]) == 0:
+            raise ValueError(f"SAFNet: {name} must not be empty, got {tuple(exposure.shape)}")

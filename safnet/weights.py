@@ -1,0 +1,94 @@
+"""Model weights: the ones in the box, a user's own .safetensors, and the authors' .pth checkpoints."""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safnet.model import SAFNet, Variant
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+SHOWN_KEYS = 5  # how many keys of a misfit an error message lists
+
+
+class WeightsError(ValueError):
+    """A weights file that is missing, unreadable, or not SAFNet's."""
+
+
+def load_model(name: str | os.PathLike[str] = "safnet-s") -> SAFNet:
+    """A SAFNet in eval mode, from a shipped model's name or a weights file.
+
+    Args:
+        name: "safnet" (full) or "safnet-s" (small), where shipped, or the path of a .safetensors or .pth state dict. The
+            authors' published .pth files fit unchanged; .pth files are read with weights_only, so they cannot run code.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, or its keys or shapes are not a SAFNet's (the differences are listed).
+    """
+    path = Path(name)
+    if path.suffix not in (".pth", ".safetensors"):
+        shipped = PRETRAINED / f"{name}.safetensors"
+        if not shipped.is_file():
+            names = ", ".join(sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))) or "none"
+            raise WeightsError(f"model {str(name)!r} is neither shipped (there are: {names}) nor a .safetensors or .pth file")
+        path = shipped
+    state = _read_state(path)
+    model = SAFNet(_guess_variant(state))
+    _check_fit(path, model.state_dict(), state)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def save_model(model: SAFNet, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
+    """Write a model's weights as .safetensors, whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    try:
+        save_file(state, partial, {"format": "pt", "variant": model.variant, **(metadata or {})})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"weights file {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"weights file {str(path)!r} cannot be read: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"weights file {str(path)!r} must hold a state dict of tensors, got {type(state).__name__}")
+    return state
+
+
+def _guess_variant(state: dict[str, Tensor]) -> Variant:
+    return "small" if any(key.startswith("refinenet.conv7.") for key in state) else "full"
+
+
+def _check_fit(path: Path, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    differences = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in sorted(expected.keys() & state.keys())
+            if state[key].shape != expected[key].shape
+        ],
+    }
+    if any(differences.values()):
+        listed = "; ".join(f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in differences.items() if keys)
+        raise WeightsError(f"weights file {str(path)!r} does not fit SAFNet: {listed}")
+
+
+def _shorten(keys: list[str]) -> str:
+    return ", ".join(keys[:SHOWN_KEYS]) + (f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")

@@ -1,0 +1,169 @@
+"""Pure-PyTorch references: what every operator computes, written for reading rather than for speed.
+
+All kernels are checked against these functions, and `backend="reference"` runs them. They work on any device and dtype, are
+differentiable to any order, and state the numerics that the kernels must reproduce: half-precision images are sampled and
+summed in float32 and rounded once, at the end; float64 stays float64.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CENSUS_SOFTNESS = 0.81  # added to d^2 before the root: how small a difference still counts as "equal"
+CENSUS_KNEE = 0.1  # dn^2 at which the robust distance reaches one half
+FUSION_EPSILON = 1e-9  # keeps the fusion finite where explicit weights sum to zero
+
+
+def _compute_type(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
+    """Sample `image` (N, C, H, W) bilinearly at pixel + `flow` (N, 2, H, W; x then y, in pixels), clamped to the border.
+
+    Equal to grid_sample(padding_mode="border", align_corners=True) on an absolute grid, without that grid's rounding error.
+    NaN flow gives NaN; the gradient with respect to a flow component is zero where it points out of the picture.
+    """
+    n, channels, height, width = image.shape
+    kind = _compute_type(image)
+    x, y = flow.to(kind).unbind(1)
+    x = _clamp_coordinate(x + torch.arange(width, device=x.device, dtype=kind), width - 1)
+    y = _clamp_coordinate(y + torch.arange(height, device=y.device, dtype=kind)[:, None], height - 1)
+    left, top = _cell_corner(x, width), _cell_corner(y, height)
+    fraction_x, fraction_y = (x - left).unsqueeze(1), (y - top).unsqueeze(1)
+    pixels = image.to(kind).flatten(2)
+
+    def corner(dx: int, dy: int) -> Tensor:
+        index = (top + dy).clamp(max=height - 1) * width + (left + dx).clamp(max=width - 1)
+        return pixels.gather(2, index.view(n, 1, -1).expand(-1, channels, -1)).view(n, channels, height, width)
+
+    upper = corner(0, 0) * (1 - fraction_x) + corner(1, 0) * fraction_x
+    lower = corner(0, 1) * (1 - fraction_x) + corner(1, 1) * fraction_x
+    return (upper * (1 - fraction_y) + lower * fraction_y).to(image.dtype)
+
+
+def _clamp_coordinate(position: Tensor, last: int) -> Tensor:
+    """Clamp to [0, last]; NaN stays NaN; the gradient is one inside and on pixel centres, zero beyond the border."""
+    inside = (position > 0) & (position < last)
+    return torch.where(inside | position.isnan(), position, position.detach().clamp(0, last))
+
+
+def _cell_corner(position: Tensor, size: int) -> Tensor:
+    """Index of the left or top corner of the cell that holds `position`; 0 for NaN, so that every read stays inside."""
+    return position.detach().nan_to_num(0.0).floor().clamp(0, max(size - 1, 0)).long()
+
+
+def triangle_weights(reference_ldr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of short, reference and long exposure from the reference's LDR value z in [0, 1]; they sum to one.
+
+    L1 = max(z - 0.5, 0) / 0.5, L3 = max(0.5 - z, 0) / 0.5, L2 = 1 - |2z - 1| (SAFNet, section 3.3; Kalantari and
+    Ramamoorthi 2017, figure 5).
+    """
+    short = (reference_ldr - 0.5).clamp(min=0) / 0.5
+    long = (0.5 - reference_ldr).clamp(min=0) / 0.5
+    return short, 1 - (2 * reference_ldr - 1).abs(), long
+
+
+def fused_fuse(
+    short: Tensor,
+    reference: Tensor,
+    long: Tensor,
+    flow_short: Tensor,
+    flow_long: Tensor,
+    mask_short: Tensor,
+    mask_long: Tensor,
+    reference_ldr: Tensor | None = None,
+    *,
+    weights: tuple[Tensor, Tensor, Tensor] | None = None,
+    mask_logits: bool = False,
+) -> Tensor:
+    """Warp short and long onto the reference and average the three with mask-reweighted weights (see safnet_ops.fused_fuse)."""
+    kind = _compute_type(short)
+    mask_short, mask_long = mask_short.to(kind), mask_long.to(kind)
+    if mask_logits:
+        mask_short, mask_long = mask_short.sigmoid(), mask_long.sigmoid()
+    if weights is None:
+        assert reference_ldr is not None
+        weights = triangle_weights(reference_ldr.to(kind))
+    base_short, base_reference, base_long = (weight.to(kind) for weight in weights)
+    weight_short, weight_long = base_short * mask_short, base_long * mask_long
+    weight_reference = base_reference + base_short * (1 - mask_short) + base_long * (1 - mask_long)
+    warped_short = backward_warp(short.to(kind), flow_short)
+    warped_long = backward_warp(long.to(kind), flow_long)
+    total = weight_short * warped_short + weight_reference * reference.to(kind) + weight_long * warped_long
+    return (total / (weight_short + weight_reference + weight_long + FUSION_EPSILON)).to(short.dtype)
+
+
+def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
+    """Resize a flow field bilinearly (align_corners False) and rescale its x and y by the true ratios of the sides."""
+    ratio = flow.new_tensor([width / flow.shape[3], height / flow.shape[2]]).view(1, 2, 1, 1)
+    return F.interpolate(flow, (height, width), mode="bilinear", align_corners=False) * ratio
+
+
+def upsample_fuse(
+    short: Tensor,
+    reference: Tensor,
+    long: Tensor,
+    flow_short: Tensor,
+    flow_long: Tensor,
+    mask_short: Tensor,
+    mask_long: Tensor,
+    reference_ldr: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Resize low-resolution flows and mask logits, apply the sigmoid, fuse; returns (fused, flows, masks) at full size."""
+    height, width = short.shape[2:]
+    kind = _compute_type(short)
+    flows = [resize_flow(flow.to(kind), height, width) for flow in (flow_short, flow_long)]
+    masks = [
+        F.interpolate(mask.to(kind), (height, width), mode="bilinear", align_corners=False).sigmoid()
+        for mask in (mask_short, mask_long)
+    ]
+    fused = fused_fuse(short, reference, long, *flows, *masks, reference_ldr)
+    return fused, flows[0], flows[1], masks[0], masks[1]
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """(N, g * k, H, W) -> (N, k * g, H, W): channel i * k + j moves to j * g + i (ShuffleNet, section 3.1)."""
+    n, channels, height, width = x.shape
+    return x.view(n, groups, channels // groups, height, width).transpose(1, 2).reshape(n, channels, height, width)
+
+
+def group_conv_shuffle(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    prelu_weight: Tensor | None = None,
+    groups: int = 1,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """channel_shuffle(prelu(conv3x3(input) + residual)), padding = dilation (see safnet_ops.group_conv_shuffle)."""
+    out = F.conv2d(input, weight, bias, stride, dilation, dilation, groups)
+    if residual is not None:
+        out = out + residual
+    if prelu_weight is not None:
+        out = F.prelu(out, prelu_weight)
+    return channel_shuffle(out, groups)
+
+
+def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7) -> Tensor:
+    """Soft census (ternary) distance of two pictures, as a scalar (see safnet_ops.census_loss)."""
+    kind = _compute_type(prediction)
+    radius = patch_size // 2
+    difference = _census_transform(prediction.to(kind), patch_size) - _census_transform(target.detach().to(kind), patch_size)
+    squared = difference.square()
+    distance = (squared / (CENSUS_KNEE + squared)).mean(1)
+    height, width = distance.shape[1:]
+    inside = F.pad(distance.new_ones(max(height - 2 * radius, 0), max(width - 2 * radius, 0)), [radius] * 4)
+    inside = inside[:height, :width]
+    return (distance * inside).mean()
+
+
+def _census_transform(picture: Tensor, patch_size: int) -> Tensor:
+    """Normalised differences of every pixel's grey value to its patch_size^2 neighbours: (N, patch_size^2, H, W)."""
+    grey = picture.mean(1, keepdim=True)
+    patches = F.unfold(grey, patch_size, padding=patch_size // 2)
+    difference = patches.view(len(grey), patch_size**2, *grey.shape[2:]) - grey
+    return difference / (CENSUS_SOFTNESS + difference.square()).sqrt()
