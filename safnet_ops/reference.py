@@ -14,7 +14,7 @@ CENSUS_KNEE = 0.1  # dn^2 at which the robust distance reaches one half
 FUSION_EPSILON = 1e-9  # keeps the fusion finite where explicit weights sum to zero
 
 
-def _compute_type(*tensors: Tensor) -> torch.dtype:
+def compute_type(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -25,7 +25,7 @@ def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
     NaN flow gives NaN; the gradient with respect to a flow component is zero where it points out of the picture.
     """
     n, channels, height, width = image.shape
-    kind = _compute_type(image)
+    kind = compute_type(image)
     x, y = flow.to(kind).unbind(1)
     x = _clamp_coordinate(x + torch.arange(width, device=x.device, dtype=kind), width - 1)
     y = _clamp_coordinate(y + torch.arange(height, device=y.device, dtype=kind)[:, None], height - 1)
@@ -78,7 +78,7 @@ def fused_fuse(
     mask_logits: bool = False,
 ) -> Tensor:
     """Warp short and long onto the reference and average the three with mask-reweighted weights (see safnet_ops.fused_fuse)."""
-    kind = _compute_type(short)
+    kind = compute_type(short)
     mask_short, mask_long = mask_short.to(kind), mask_long.to(kind)
     if mask_logits:
         mask_short, mask_long = mask_short.sigmoid(), mask_long.sigmoid()
@@ -112,7 +112,7 @@ def upsample_fuse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Resize low-resolution flows and mask logits, apply the sigmoid, fuse; returns (fused, flows, masks) at full size."""
     height, width = short.shape[2:]
-    kind = _compute_type(short)
+    kind = compute_type(short)
     flows = [resize_flow(flow.to(kind), height, width) for flow in (flow_short, flow_long)]
     masks = [
         F.interpolate(mask.to(kind), (height, width), mode="bilinear", align_corners=False).sigmoid()
@@ -150,7 +150,7 @@ def group_conv_shuffle(
 
 def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7) -> Tensor:
     """Soft census (ternary) distance of two pictures, as a scalar (see safnet_ops.census_loss)."""
-    kind = _compute_type(prediction)
+    kind = compute_type(prediction)
     radius = patch_size // 2
     difference = _census_transform(prediction.to(kind), patch_size) - _census_transform(target.detach().to(kind), patch_size)
     squared = difference.square()

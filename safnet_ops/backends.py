@@ -1,0 +1,124 @@
+"""Which implementation runs an operator: the choice by device, its overrides, and the reasons when one is missing.
+
+Every operator is registered twice: `torch.ops.safnet_ops` holds the compiled kernels (C++ under the CPU key, CUDA C++ under the
+CUDA key), `torch.ops.safnet_ops_triton` the Triton ones. The schemas live here in Python, so that fakes, torch.compile and
+the Triton kernels work where nothing was compiled; importing the compiled modules only adds kernels to them.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+OPERATORS = ("backward_warp", "fused_fuse", "upsample_fuse", "group_conv_shuffle", "census_loss")
+
+_COMPILED = torch.library.Library("safnet_ops", "DEF")
+_TRITON = torch.library.Library("safnet_ops_triton", "DEF")
+
+_missing: dict[str, str] = {}  # backend -> why none of its kernels can run
+_served: dict[str, frozenset[str]] = {"reference": frozenset(OPERATORS)}  # backend -> operators it has kernels for
+_forced: list[str] = []  # innermost `use_backend` last
+
+
+def define(schema: str, fake: Callable) -> None:
+    """Define an operator for the compiled and for the Triton kernels, with its fake (meta) implementation."""
+    name = schema.partition("(")[0]
+    for library in (_COMPILED, _TRITON):
+        library.define(schema)
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+
+
+def implement_triton(name: str, kernel: Callable) -> None:
+    """Register a Triton implementation; it serves CPU tensors too, where an interpreter of device code launches it."""
+    _TRITON.impl(name, kernel, "CUDA")
+    _TRITON.impl(name, kernel, "CPU")
+
+
+def load() -> None:
+    """Import whatever kernels this installation has, and note why the others are missing. Never fails, never builds."""
+    _load_compiled("cpp", "_C", "CPU")
+    _load_compiled("cuda", "_C_cuda", "CUDA")
+    _load_triton()
+
+
+def _load_compiled(backend: str, module: str, key: str) -> None:
+    if importlib.util.find_spec(f"safnet_ops.{module}") is None:
+        _missing[backend] = f"safnet_ops.{module} was not built (`python -m safnet_ops.info` tells why)"
+        return
+    try:
+        importlib.import_module(f"safnet_ops.{module}")
+    except (ImportError, OSError) as error:
+        _missing[backend] = f"safnet_ops.{module} failed to load: {error}"
+        return
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    _served[backend] = frozenset(name for name in OPERATORS if has_kernel(f"safnet_ops::{name}", key))
+
+
+def _load_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        _missing["triton"] = "the package triton is not installed (it exists for Linux: pip install triton)"
+        return
+    if importlib.util.find_spec("safnet_ops.triton") is None:
+        _missing["triton"] = "this installation has no Triton kernels"
+        return
+    try:
+        _served["triton"] = frozenset(importlib.import_module("safnet_ops.triton").OPERATORS)
+    except ImportError as error:
+        _missing["triton"] = f"triton failed to load: {error}"
+
+
+def why_missing(operator: str, backend: str) -> str | None:
+    """The reason why `backend` cannot run `operator`, or None if it can."""
+    if operator in _served.get(backend, frozenset()):
+        return None
+    return _missing.get(backend, f"the {backend} backend has no kernel for it")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run all operators called in this block with one backend: "reference", "cpp", "cuda" or "triton".
+
+    It holds for the whole process, like the flags of torch.backends; `backend=` of a call wins over it.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    _check_name("use_backend", name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(operator: str, device: torch.device, backend: str | None) -> str:
+    """The backend that runs `operator` on tensors of `device`; `backend` and `use_backend` override the default.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the backend asked for cannot run the operator here; the message says why.
+    """
+    if backend is None and _forced:
+        backend = _forced[-1]
+    if backend is None:
+        preferred = ("cuda", "triton") if device.type == "cuda" else ("cpp",) if device.type == "cpu" else ()
+        return next((name for name in preferred if operator in _served.get(name, frozenset())), "reference")
+    _check_name(operator, backend)
+    if backend not in _served or operator not in _served[backend]:
+        raise RuntimeError(f"{operator}: backend {backend!r} is not available: {why_missing(operator, backend)}")
+    if (backend == "cpp" and device.type != "cpu") or (backend == "cuda" and device.type != "cuda"):
+        raise RuntimeError(f"{operator}: backend {backend!r} cannot run tensors on device {str(device)!r}")
+    return backend
+
+
+def _check_name(operator: str, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{operator}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def kernel(backend: str, name: str) -> Callable:
+    """The registered operator `name` (an operator or its `_backward`) of a backend other than the reference."""
+    return getattr(torch.ops.safnet_ops_triton if backend == "triton" else torch.ops.safnet_ops, name)

@@ -1,0 +1,80 @@
+"""backward_warp: sample an image at pixel + flow."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safnet_ops import reference
+from safnet_ops.autograd import reference_gradients, return_gradients
+from safnet_ops.backends import choose, define, kernel
+from safnet_ops.checks import check_shape, check_tensor, empty_gradient, empty_image, needs_gradient, unify_geometry
+
+
+def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) -> Tensor:
+    """Sample `image` bilinearly at every pixel's own position plus `flow`, clamped to the border.
+
+    out[n, c, y, x] = image[n, c] at (x + flow[n, 0, y, x], y + flow[n, 1, y, x]): what grid_sample with
+    padding_mode="border", align_corners=True gives for an absolute grid, without that grid's rounding error. Coordinates and
+    sums are float32 (float64 for float64 images). NaN flow gives NaN, infinite or huge flow the border. The gradient of a
+    flow component is zero where it points out of the picture.
+
+    Args:
+        image: (N, C, H, W), float32, float64, float16 or bfloat16, any strides.
+        flow: (N, 2, H, W), x then y, in pixels; the image's dtype or float32 (float64 for float64 images).
+        backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests.
+
+    Returns:
+        (N, C, H, W) of the image's dtype, channels_last if the image is.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, dtype, shape or device than stated.
+        RuntimeError: the backend asked for is not available.
+    """
+    check_tensor("backward_warp", "image", image)
+    check_tensor("backward_warp", "flow", flow)
+    n, _, height, width = image.shape
+    check_shape("backward_warp", "flow", flow, "(N, 2, H, W)", (n, 2, height, width))
+    (flow,) = unify_geometry("backward_warp", image, {"flow": flow})
+    backend = choose("backward_warp", image.device, backend)
+    if backend == "reference":
+        return reference.backward_warp(image, flow)
+    if needs_gradient(image, flow):
+        return _BackwardWarp.apply(backend, image, flow)
+    return kernel(backend, "backward_warp")(image, flow)
+
+
+class _BackwardWarp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, image: Tensor, flow: Tensor) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(image, flow)
+        return kernel(backend, "backward_warp")(image, flow)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return None, *reference_gradients(reference.backward_warp, inputs, needed, grads)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        found = kernel(ctx.backend, "backward_warp_backward")(*grads, *inputs, *needed, deterministic)
+        return None, *return_gradients(found, needed)
+
+
+def _fake_forward(image: Tensor, flow: Tensor) -> Tensor:
+    return empty_image(image)
+
+
+def _fake_backward(
+    grad: Tensor, image: Tensor, flow: Tensor, need_image: bool, need_flow: bool, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    return empty_gradient(image, need_image), empty_gradient(flow, need_flow)
+
+
+define("backward_warp(Tensor image, Tensor flow) -> Tensor", _fake_forward)
+define(
+    "backward_warp_backward(Tensor grad, Tensor image, Tensor flow, bool need_image, bool need_flow, bool deterministic)"
+    " -> (Tensor, Tensor)",
+    _fake_backward,
+)

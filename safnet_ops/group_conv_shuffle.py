@@ -1,0 +1,209 @@
+"""group_conv_shuffle: 3x3 grouped convolution + bias + residual + PReLU + channel shuffle, written once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safnet_ops import reference
+from safnet_ops.autograd import reference_gradients, return_gradients
+from safnet_ops.backends import choose, define, kernel
+from safnet_ops.checks import (
+    check_same_kind,
+    check_shape,
+    check_tensor,
+    empty_gradient,
+    empty_image,
+    is_channels_last,
+    needs_gradient,
+)
+
+
+def group_conv_shuffle(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    prelu_weight: Tensor | None = None,
+    groups: int = 1,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """channel_shuffle(prelu(conv3x3(input) + residual), groups): what SAFNet's decoder does three times a level.
+
+    The convolution pads by `dilation` with zeros and adds `bias`. PReLU has one slope a channel; without `prelu_weight` there
+    is no activation. The shuffle (ShuffleNet, section 3.1) moves channel i * C / groups + j to j * groups + i; bias, residual
+    and slopes are in the convolution's own order, before it. groups=1 leaves the order as it is. Sums are float32 (float64 for
+    float64). Under autocast all arguments are cast to its dtype, as for any convolution.
+
+    Args:
+        input: (N, C_in, H, W), float32, float64, float16 or bfloat16, any strides.
+        weight: (C_out, C_in / groups, 3, 3).
+        bias: (C_out,) or None.
+        prelu_weight: (C_out,), or (1,) for one slope of all channels, or None.
+        groups: divides C_in and C_out.
+        stride, dilation: at least 1, the same for both directions.
+        residual: of the convolution's output shape, or None; added before the activation.
+        backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests.
+
+    Returns:
+        (N, C_out, ceil(H / stride), ceil(W / stride)) of the input's dtype, channels_last if the input is.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, dtype, shape, value or device than stated.
+        RuntimeError: the backend asked for is not available.
+    """
+    operands = (input, weight, bias, prelu_weight, residual)
+    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+        kind = torch.get_autocast_dtype(input.device.type)
+        operands = tuple(value.to(kind) if isinstance(value, Tensor) else value for value in operands)  # type: ignore[assignment]
+    _check(*operands, groups, stride, dilation)
+    input, weight, bias, prelu_weight, residual = operands
+    if prelu_weight is not None:
+        prelu_weight = prelu_weight.expand(weight.shape[0])
+    backend = choose("group_conv_shuffle", input.device, backend)
+    operands = (input, weight, bias, prelu_weight, residual)
+    geometry = (groups, stride, dilation)
+    if backend == "reference":
+        return _reference(*operands, geometry=geometry)
+    if needs_gradient(*operands):
+        return _GroupConvShuffle.apply(backend, geometry, *operands)
+    return kernel(backend, "group_conv_shuffle")(*operands, *geometry, False)[0]
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prelu_weight: Tensor | None,
+    residual: Tensor | None,
+    groups: int,
+    stride: int,
+    dilation: int,
+) -> None:
+    operator = "group_conv_shuffle"
+    for name, number in (("groups", groups), ("stride", stride), ("dilation", dilation)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{operator}: {name} must be an integer of at least 1, got {number!r}")
+    check_tensor(operator, "input", input)
+    check_tensor(operator, "weight", weight)
+    check_same_kind(operator, "weight", weight, "input", input)
+    n, channels_in, height, width = input.shape
+    channels_out = weight.shape[0]
+    if channels_in % groups or channels_out % groups:
+        raise ValueError(
+            f"{operator}: groups must divide the {channels_in} input and {channels_out} output channels, got {groups}"
+        )
+    expected = (channels_out, channels_in // groups, 3, 3)
+    check_shape(operator, "weight", weight, "(C_out, C_in / groups, 3, 3)", expected)
+    for name, value in (("bias", bias), ("prelu_weight", prelu_weight)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{operator}: {name} must be a torch.Tensor or None, got {type(value).__name__}")
+        check_same_kind(operator, name, value, "input", input)
+        if value.dim() != 1 or value.shape[0] not in ((1, channels_out) if name == "prelu_weight" else (channels_out,)):
+            raise ValueError(f"{operator}: {name} must be (C_out,) = ({channels_out},), got {tuple(value.shape)}")
+    if residual is not None:
+        check_tensor(operator, "residual", residual)
+        check_same_kind(operator, "residual", residual, "input", input)
+        out_shape = (n, channels_out, _out_side(height, stride), _out_side(width, stride))
+        check_shape(operator, "residual", residual, "the output's shape", out_shape)
+
+
+def _out_side(side: int, stride: int) -> int:
+    return (side + stride - 1) // stride
+
+
+def _reference(*operands: Tensor | None, geometry: tuple[int, int, int]) -> Tensor:
+    """The reference, called with the registered operator's arguments."""
+    input, weight, bias, prelu_weight, residual = operands
+    assert input is not None and weight is not None
+    groups, stride, dilation = geometry
+    return reference.group_conv_shuffle(
+        input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual
+    )
+
+
+class _GroupConvShuffle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, geometry: tuple[int, int, int], *operands: Tensor | None) -> Tensor:
+        input, weight, bias, prelu_weight, residual = operands
+        out, preactivation = kernel(backend, "group_conv_shuffle")(*operands, *geometry, prelu_weight is not None)
+        ctx.backend, ctx.geometry = backend, geometry
+        ctx.save_for_backward(preactivation, *operands)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        preactivation, *operands = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+            def function(*operands: Tensor | None) -> Tensor:
+                return _reference(*operands, geometry=ctx.geometry)
+
+            return None, None, *reference_gradients(function, operands, needed, grads)
+        input, weight, _bias, prelu_weight, _residual = operands
+        bits = sum(1 << position for position, need in enumerate(needed) if need)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        found = kernel(ctx.backend, "group_conv_shuffle_backward")(
+            *grads, preactivation, input, weight, prelu_weight, *ctx.geometry, bits, deterministic
+        )
+        return None, None, *return_gradients(found, needed)
+
+
+def _fake_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prelu_weight: Tensor | None,
+    residual: Tensor | None,
+    groups: int,
+    stride: int,
+    dilation: int,
+    save_preactivation: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (input.shape[0], weight.shape[0], _out_side(input.shape[2], stride), _out_side(input.shape[3], stride))
+    out = empty_image(input, shape)
+    return out, torch.empty_like(out) if save_preactivation else input.new_empty(0)
+
+
+def _fake_backward(
+    grad: Tensor,
+    preactivation: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    prelu_weight: Tensor | None,
+    groups: int,
+    stride: int,
+    dilation: int,
+    needs: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted = [bool(needs >> position & 1) for position in range(5)]
+    channels_out = weight.shape[0]
+    residual = torch.channels_last if is_channels_last(input) else torch.contiguous_format
+    return (
+        empty_gradient(input, wanted[0]),
+        weight.new_empty(weight.shape if wanted[1] else 0),
+        weight.new_empty(channels_out if wanted[2] else 0),
+        weight.new_empty(channels_out if wanted[3] else 0),
+        torch.empty_like(grad, memory_format=residual) if wanted[4] else grad.new_empty(0),
+    )
+
+
+define(
+    "group_conv_shuffle(Tensor input, Tensor weight, Tensor? bias, Tensor? prelu_weight, Tensor? residual, int groups,"
+    " int stride, int dilation, bool save_preactivation) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+# `preactivation` (before PReLU and shuffle) is empty where there is no PReLU. `needs` holds one bit for each of input, weight,
+# bias, prelu_weight and residual, the first in bit 0: set where its gradient is wanted. weight.grad is contiguous.
+define(
+    "group_conv_shuffle_backward(Tensor grad, Tensor preactivation, Tensor input, Tensor weight, Tensor? prelu_weight,"
+    " int groups, int stride, int dilation, int needs, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)

@@ -1,0 +1,74 @@
+"""upsample_fuse: the whole explicit fusion of inference, from the decoder's low-resolution flows and mask logits."""
+
+from typing import Any
+
+from torch import Tensor
+
+from safnet_ops import reference as references
+from safnet_ops.backends import choose, define, kernel
+from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, needs_gradient, unify_geometry
+
+
+def upsample_fuse(
+    short: Tensor,
+    reference: Tensor,
+    long: Tensor,
+    flow_short: Tensor,
+    flow_long: Tensor,
+    mask_short: Tensor,
+    mask_long: Tensor,
+    reference_ldr: Tensor,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Resize low-resolution flows and mask logits to the images' size, apply the sigmoid, and fuse, in one pass.
+
+    The resizing is bilinear with align_corners False; a flow's x and y are multiplied by the true ratios of widths and heights.
+    The fusion is that of `fused_fuse` with triangle weights. Meant for inference: where a gradient is needed, the references
+    run, and autograd differentiates them.
+
+    Args:
+        short, reference, long, reference_ldr: (N, C, H, W) of one dtype, as in `fused_fuse`.
+        flow_short, flow_long: (N, 2, h, w), x then y, in pixels of their own size.
+        mask_short, mask_long: (N, 1, h, w), logits. Flows and masks: the images' dtype or float32 (float64 for float64).
+        backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests.
+
+    Returns:
+        fused (N, C, H, W) in the images' dtype, flow_short and flow_long (N, 2, H, W) in pixels of the full size,
+        mask_short and mask_long (N, 1, H, W) in [0, 1]. Flows and masks are contiguous float32 (float64 for float64 images).
+
+    Raises:
+        TypeError, ValueError: an argument has another type, dtype, shape or device than stated.
+        RuntimeError: the backend asked for is not available.
+    """
+    for name, value in (("short", short), ("reference", reference), ("long", long), ("reference_ldr", reference_ldr)):
+        check_tensor("upsample_fuse", name, value)
+        check_same_kind("upsample_fuse", name, value, "short", short)
+        check_shape("upsample_fuse", name, value, "(N, C, H, W) like short", tuple(short.shape))
+    low = {"flow_short": flow_short, "flow_long": flow_long, "mask_short": mask_short, "mask_long": mask_long}
+    for name, value in low.items():
+        channels = 2 if name.startswith("flow") else 1
+        check_tensor("upsample_fuse", name, value)
+        expected = (short.shape[0], channels, *flow_short.shape[2:])
+        check_shape("upsample_fuse", name, value, f"(N, {channels}, h, w)", expected)
+        if value.shape[2] == 0 or value.shape[3] == 0:
+            raise ValueError(f"upsample_fuse: {name} must have pixels to resize, got {tuple(value.shape)}")
+    inputs = (short, reference, long, *unify_geometry("upsample_fuse", short, low), reference_ldr)
+    backend = choose("upsample_fuse", short.device, backend)
+    if backend == "reference" or needs_gradient(*inputs):
+        return references.upsample_fuse(*inputs)
+    return kernel(backend, "upsample_fuse")(*inputs)
+
+
+def _fake(short: Tensor, reference: Tensor, long: Tensor, flow_short: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    kind = references.compute_type(short)
+    n, _, height, width = short.shape
+    full = [short.new_empty((n, channels, height, width), dtype=kind) for channels in (2, 2, 1, 1)]
+    return empty_image(short), *full
+
+
+define(
+    "upsample_fuse(Tensor short, Tensor reference, Tensor long, Tensor flow_short, Tensor flow_long, Tensor mask_short,"
+    " Tensor mask_long, Tensor reference_ldr) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
