@@ -123,19 +123,23 @@ class FullRefine(nn.Module):
             self.add_module(f"resblock{number}", ResidualBlock(80, dilation))
         self.conv3 = nn.Conv2d(80, 3, 3, 1, 1)
 
-    def warp(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
-        """What the body needs of the outer exposures (N, 6, H, W), aligned to the reference: (N, 20, H, W) each."""
-        warped_short = safnet_ops.backward_warp(self.conv0(short), alignment.flow_short)
-        return warped_short, safnet_ops.backward_warp(self.conv2(long), alignment.flow_long)
+    def short_features(self, short: Tensor) -> Tensor:
+        """What is warped of the short exposure (N, 6, H, W): (N, 20, H, W), seeing FEATURE_RADIUS pixels to each side."""
+        return self.conv0(short)
+
+    def long_features(self, long: Tensor) -> Tensor:
+        """As `short_features`, of the long exposure."""
+        return self.conv2(long)
 
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
-        """Residual (N, 3, H, W) to add to the explicit fusion; sees RADIUS pixels to each side."""
+        """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
         features = self.conv1(torch.cat([reference, *_refine_inputs(fusion)], 1))
         x = torch.cat([warped[0], features, warped[1]], 1)
         for number in range(1, len(self.DILATIONS) + 1):
             x = self.get_submodule(f"resblock{number}")(x)
         return self.conv3(x)
 
+    FEATURE_RADIUS = 2
     RADIUS = 2 + 2 * sum(DILATIONS) + 1
 
 
@@ -150,18 +154,22 @@ class SmallRefine(nn.Module):
             self.add_module(f"conv{number}", conv_prelu(27 if number == 1 else 32, 32, dilation=dilation))
         self.conv7 = nn.Conv2d(32, 3, 3, 1, 1)
 
-    def warp(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
-        """The outer exposures (N, 6, H, W), aligned to the reference."""
-        warped_short = safnet_ops.backward_warp(short, alignment.flow_short)
-        return warped_short, safnet_ops.backward_warp(long, alignment.flow_long)
+    def short_features(self, short: Tensor) -> Tensor:
+        """What is warped of the short exposure (N, 6, H, W): the exposure itself."""
+        return short
+
+    def long_features(self, long: Tensor) -> Tensor:
+        """As `short_features`, of the long exposure."""
+        return long
 
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
-        """Residual (N, 3, H, W) to add to the explicit fusion; sees RADIUS pixels to each side."""
+        """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
         x = torch.cat([warped[0], reference, warped[1], *_refine_inputs(fusion)], 1)
         for conv in self.children():
             x = conv(x)
         return x
 
+    FEATURE_RADIUS = 0
     RADIUS = sum(DILATIONS) + 1
 
 
@@ -200,7 +208,8 @@ class SAFNet(nn.Module):
         exposures = [_resize(exposure, size) for exposure in (short, reference, long)]
         pyramids = [self.encoder(exposure) for exposure in exposures]
         n, _, height, width = pyramids[0][-1].shape
-        alignment = Alignment(*(pyramids[0][-1].new_zeros(n, channels, height, width) for channels in (2, 2, 1, 1)))
+        # In the exposures' type, which autocast leaves alone: half-precision flows would be wrong by up to half a pixel.
+        alignment = Alignment(*(short.new_zeros(n, channels, height, width) for channels in (2, 2, 1, 1)))
         for level in reversed(range(LEVELS)):
             alignment = self.decoder(*(pyramid[level] for pyramid in pyramids), alignment)
         return alignment
@@ -213,7 +222,10 @@ class SAFNet(nn.Module):
 
     def refine(self, short: Tensor, reference: Tensor, long: Tensor, fusion: Fusion) -> Tensor:
         """The refined result from the explicit fusion."""
-        warped = self.refinenet.warp(short, long, fusion.alignment)
+        warped = (
+            safnet_ops.backward_warp(self.refinenet.short_features(short), fusion.alignment.flow_short),
+            safnet_ops.backward_warp(self.refinenet.long_features(long), fusion.alignment.flow_long),
+        )
         return (fusion.fused + self.refinenet.body(warped, reference, fusion)).clamp(0, 1)
 
 
