@@ -1,16 +1,19 @@
 """Exposure values of the three frames: from the user, from exposure.txt, or from EXIF.
 
-An EV here counts stops of light: the frame that gathered twice the light (longer time, higher ISO, wider aperture) has one EV
-more. Only differences matter. (Light meters count the other way: their EV grows as the exposure gets shorter.)
+An EV here counts stops of light: the frame that gathered twice the light (longer time, higher ISO, wider aperture) has
+one EV more. Only differences matter. (Light meters count the other way: their EV grows as the exposure gets shorter.)
 """
 
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-from safnet.images import Header, find_frames
+from safnet.images import Header, find_frames, read_header
 
+FRAMES = 3
 EXPOSURE_FILE = "exposure.txt"
 SMALLEST_STEP = 0.05  # EV; frames closer than this count as equally exposed
 LARGEST_SPAN = 30.0  # EV; more than any bracket, so a sign of exposure times in place of EVs
@@ -18,10 +21,47 @@ HINT = "give them with --ev, for example --ev -2 0 2"
 
 
 class ExposureError(ValueError):
-    """Exposures that are missing, equal or impossible."""
+    """Exposures that are missing, equal or impossible, or frames that make no bracket."""
 
 
-def find_evs(frames: Sequence[Header], given: Sequence[float] | None = None, besides: Sequence[Path] = ()) -> list[float]:
+class Bracket(NamedTuple):
+    """Three frames of one size, from short to long exposure, and their EVs."""
+
+    frames: tuple[Header, ...]
+    evs: tuple[float, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.frames[0].width, self.frames[0].height
+
+
+def open_bracket(paths: Sequence[Path], given: Sequence[float] | None = None, besides: Sequence[Path] = ()) -> Bracket:
+    """Look at three frames, or at the three in a folder, without reading their pixels, and sort them by exposure.
+
+    Args:
+        paths: three files in any order, or one folder (its pictures count by file name).
+        given: EVs of the frames in that order, which win over exposure.txt and EXIF.
+        besides: files that are no frames though they lie in the folder.
+
+    Raises:
+        ExposureError, ImageError: not three frames, of different sizes, unreadable, or without usable exposures.
+    """
+    if len(paths) == 1 and paths[0].is_dir():
+        files = find_frames(paths[0], besides)
+        _check_count(files, f"folder {paths[0]} must hold {FRAMES} frames")
+    else:
+        files = list(paths)
+        _check_count(files, f"frames must be {FRAMES} files or one folder")
+    frames = [read_header(file) for file in files]
+    _check_alike(frames)
+    pairs = sorted(zip(find_evs(frames, given, besides), frames, strict=True), key=lambda pair: pair[0])
+    return Bracket(tuple(frame for _, frame in pairs), tuple(ev for ev, _ in pairs))
+
+
+def find_evs(
+    frames: Sequence[Header], given: Sequence[float] | None = None, besides: Sequence[Path] = ()
+) -> list[float]:
     """EVs in the order of `frames`: `given` if any, else exposure.txt in the frames' folder, else EXIF.
 
     Args:
@@ -38,7 +78,7 @@ def find_evs(frames: Sequence[Header], given: Sequence[float] | None = None, bes
         evs, source = read_exposure_file(file, frames, besides), str(file)
     else:
         evs, source = exif_evs(frames), "EXIF"
-    _check(evs, frames, source)
+    _check_evs(evs, frames, source)
     return evs
 
 
@@ -73,27 +113,54 @@ def exif_evs(frames: Sequence[Header]) -> list[float]:
         lacking = [str(frame.path) for frame in frames if getattr(frame, name) is None]
         if lacking and (name == "exposure_time" or len(lacking) < len(frames)):
             kind = {"exposure_time": "exposure time", "iso": "ISO", "f_number": "aperture"}[name]
-            raise ExposureError(f"no {kind} in the EXIF data of {', '.join(lacking)}; {HINT}, in the order of the frames")
+            raise ExposureError(
+                f"no {kind} in the EXIF data of {', '.join(lacking)}; {HINT}, in the order of the frames"
+            )
     return [
-        math.log2((frame.exposure_time or 1) * (frame.iso or 100) / 100 / (frame.f_number or 1) ** 2) for frame in frames
+        math.log2((frame.exposure_time or 1) * (frame.iso or 100) / 100 / (frame.f_number or 1) ** 2)
+        for frame in frames
     ]
 
 
-def _check(evs: list[float], frames: Sequence[Header], source: str) -> None:
+def _check_count(files: Sequence[Path], demand: str) -> None:
+    if len(files) == FRAMES:
+        return
+    names = f" ({', '.join(file.name for file in files)})" if files else ""
+    advice = ""
+    if len(files) > FRAMES:
+        advice = f"; choose three, for example: {files[0]} {files[len(files) // 2]} {files[-1]}"
+    raise ExposureError(f"{demand}, got {len(files)}{names}{advice}")
+
+
+def _check_alike(frames: Sequence[Header]) -> None:
+    first = frames[0]
+    for number, frame in enumerate(frames[1:], 1):
+        if (frame.width, frame.height) != (first.width, first.height):
+            raise ExposureError(
+                f"frames must have one size, got {first.path} with {first.width} x {first.height} and "
+                f"{frame.path} with {frame.width} x {frame.height} pixels"
+            )
+        if frame.path.resolve() in [other.path.resolve() for other in frames[:number]]:
+            raise ExposureError(f"frames must be three different files, got {frame.path} twice")
+
+
+def _check_evs(evs: list[float], frames: Sequence[Header], source: str) -> None:
     pairs = ", ".join(f"{frame.path.name} {_number(ev)}" for frame, ev in zip(frames, evs, strict=True))
     if not all(math.isfinite(ev) for ev in evs):
         raise ExposureError(f"EVs from {source} must be finite numbers, got {pairs}")
     ordered = sorted(evs)
-    if any(high - low < SMALLEST_STEP for low, high in zip(ordered, ordered[1:], strict=False)):
+    if any(high - low < SMALLEST_STEP for low, high in pairwise(ordered)):
         raise ExposureError(f"EVs from {source} must differ, got {pairs}; {HINT}, in the order of the frames")
     if ordered[-1] - ordered[0] > LARGEST_SPAN:
-        raise ExposureError(f"EVs from {source} span more than {LARGEST_SPAN:g} stops ({pairs}): are they exposure times?")
+        raise ExposureError(
+            f"EVs from {source} span more than {LARGEST_SPAN:g} stops ({pairs}): are they exposure times?"
+        )
 
 
 def format_evs(evs: Sequence[float]) -> str:
     """EVs relative to the middle one, as a photographer writes them: "-2 0 +2"."""
     middle = sorted(evs)[len(evs) // 2]
-    return " ".join("0" if ev == middle else f"{ev - middle:+.2g}" for ev in evs)
+    return " ".join("0" if ev == middle else f"{ev - middle:+.3g}" for ev in evs)
 
 
 def _number(ev: float) -> str:

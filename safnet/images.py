@@ -1,4 +1,4 @@
-"""Pictures in and out, through OpenImageIO: frames as the network's input protocol wants them, results as a user wants them."""
+"""Pictures in and out, through OpenImageIO: frames by the network's input protocol, results by their file names."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -49,7 +49,7 @@ class Header:
 
 
 def find_frames(folder: Path, besides: Iterable[Path] = ()) -> list[Path]:
-    """The pictures of a folder by file name, without hidden files and those in `besides` (results of an earlier run)."""
+    """The pictures of a folder by file name, without hidden files and those in `besides` (an earlier run's results)."""
     left_out = {path.resolve() for path in besides}
     return sorted(
         path
@@ -59,7 +59,7 @@ def find_frames(folder: Path, besides: Iterable[Path] = ()) -> list[Path]:
 
 
 def read_header(path: Path) -> Header:
-    """Size, exposure metadata and colour profile, without reading pixels. Raises ImageError for a file that is no picture."""
+    """Size, exposure metadata and colour profile, without reading pixels. Raises ImageError if it is no picture."""
     with _open(path) as source:
         spec = source.spec()
         _colour_channels(path, spec)
@@ -81,9 +81,9 @@ def read_header(path: Path) -> Header:
 def read_ldr(path: Path) -> FloatPicture:
     """Read one exposure as LDR RGB (H, W, 3) in [0, 1], gamma 2.2, upright.
 
-    8-bit values are divided by 255, 16-bit ones by 2^16. Float files hold linear values of which 1 is the frame's clipping
-    point: they are clipped to [0, 1] and encoded by x^(1 / 2.2), so that the network linearizes them back. Grey is repeated to
-    RGB, CMYK converted, alpha and further channels are ignored.
+    8-bit values are divided by 255, 16-bit ones by 2^16. Float files hold linear values of which 1 is the frame's
+    clipping point: they are clipped to [0, 1] and encoded by x^(1 / 2.2), which the network undoes. Grey is
+    repeated to RGB, CMYK converted, alpha and further channels are ignored.
 
     Raises:
         ImageError: the file is missing, unreadable, truncated, or its channels are neither RGB nor grey.
@@ -167,8 +167,10 @@ def _write(path: Path, pixels: npt.NDArray[Any], depth: str, attributes: dict[st
         else:
             spec.attribute(name, value)
     target = oiio.ImageOutput.create(f"name{path.suffix.lower()}")
+    assert target is not None, f"OpenImageIO was built without {path.suffix}"
+    pixels = np.ascontiguousarray(pixels)
     try:
-        written = target.open(str(partial), spec) and target.write_image(np.ascontiguousarray(pixels)) and target.close()
+        written = target.open(str(partial), spec) and target.write_image(pixels) and target.close()
         if not written:
             raise ImageError(f"{path} cannot be written: {_first_line(target.geterror())}")
         os.replace(partial, path)
