@@ -1,8 +1,8 @@
 """Fusing frames of any size in bounded memory.
 
 Flow and mask are estimated once, on the whole frame at half size, and everything is warped on the whole frame, so
-motion may reach across tiles. Only the refine module's convolutions run in tiles, each read with a margin as wide as they
-see, so that no seam can arise.
+motion may reach across tiles. Only the refine module's convolutions run in tiles, each read with a margin as wide as
+they see, so that no seam can arise.
 """
 
 from collections.abc import Callable, Iterator, Sequence

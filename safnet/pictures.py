@@ -33,14 +33,12 @@ INSPECTION_FILES = tuple(
 def display_curve(radiance: FloatPicture, kind: ToneMap) -> Callable[[FloatPicture], BytePicture]:
     """A tone map for linear pictures like `radiance` (H, W, 3), as a function from linear to 8-bit display values.
 
-    "mu-law" is that of the HDR literature (mu = 5000), after scaling so that the brightest 0.1 % of the pixels are
-    white: a result that stays below 1 would look dull otherwise. "reinhard" is Reinhard et al. 2002, equation 4, with
-    gamma 2.2.
+    "mu-law" is that of the HDR literature (mu = 5000) as it stands, so that previews compare with published pictures; it
+    lifts shadows a lot. "reinhard" is Reinhard et al. 2002, equation 4, fitted to the picture, with display gamma 2.2.
     """
-    sample = radiance.reshape(-1, 3)[:: max(1, radiance.shape[0] * radiance.shape[1] // SAMPLES)]
     if kind == "mu-law":
-        white = max(float(np.percentile(sample.max(1), WHITE_PERCENTILE)), 1e-6)
-        return lambda picture: _bytes(tone_map(torch.from_numpy(picture / np.float32(white)).clamp(0, 1)).numpy())
+        return lambda picture: _bytes(tone_map(torch.from_numpy(picture)).numpy())
+    sample = radiance.reshape(-1, 3)[:: max(1, radiance.shape[0] * radiance.shape[1] // SAMPLES)]
     luminance = sample @ LUMINANCE
     key = MIDDLE_GREY / float(np.exp(np.log(luminance + 1e-6).mean()))
     white = max(key * float(np.percentile(luminance, WHITE_PERCENTILE)), 1e-6)
