@@ -1,0 +1,163 @@
+"""The build_ext command: compiles csrc/ with ninja, in parallel, and writes down what it decided.
+
+csrc/cpu/*.cpp is compiled once per instruction set (csrc/cpu/kernel.h says how that fits together). Environment: CXX, MAX_JOBS,
+SAFNET_OPS_BUILD=0 (install without kernels), SAFNET_OPS_SANITIZE=1 (AddressSanitizer and UBSan).
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+REPORT = ROOT / "safnet_ops" / "build_report.json"
+OLDEST_TORCH = "2.11"
+TARGET_VERSION = "0x020b000000000000"  # TORCH_TARGET_VERSION of OLDEST_TORCH: use nothing newer from its stable ABI
+
+# Neither changes a value: they let loops with floor, select and comparison vectorise. -ffast-math is not used.
+VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+X86_VARIANTS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+
+
+class BuildExtensions(build_ext):
+    """Replaces setuptools' compilation by one ninja run over all modules."""
+
+    def run(self) -> None:
+        self.decisions: list[str] = []
+        reason = self._why_not()
+        if reason:
+            self._decide(f"not building the C++ kernels: {reason}; the PyTorch reference will serve all operators")
+            self.extensions = []
+            _write_report(self.decisions, reason)
+            return
+        self._build_cpu(next(ext for ext in self.extensions if ext.name == "safnet_ops._C"))
+        _write_report(self.decisions, None)
+
+    def _why_not(self) -> str | None:
+        if os.environ.get("SAFNET_OPS_BUILD") == "0":
+            return "SAFNET_OPS_BUILD=0 is set"
+        self.compiler_path = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+        if self.compiler_path is None:
+            return "no C++ compiler found (install g++ or clang++, or set CXX), then run pip install again"
+        return None
+
+    def _decide(self, decision: str) -> None:
+        self.decisions.append(decision)
+        print(f"safnet-ops build: {decision}", file=sys.stderr, flush=True)
+
+    def _build_cpu(self, extension: Extension) -> None:
+        import torch
+
+        compiler = subprocess.run([self.compiler_path, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        variants = self._instruction_sets()
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *VECTOR_FLAGS]
+        link_flags = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+        if os.environ.get("SAFNET_OPS_SANITIZE") == "1":
+            sanitizers = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g"]
+            flags, link_flags = [*flags, *sanitizers], [*link_flags, *sanitizers]
+            self._decide("with AddressSanitizer and UndefinedBehaviorSanitizer")
+        self._decide(f"compiler {self.compiler_path} ({compiler}), flags {' '.join(flags)}")
+        self._decide(f"headers of torch {torch.__version__}, stable ABI of torch {OLDEST_TORCH} and later")
+        self._decide(f"instruction sets {', '.join(variants)}; the best one is chosen when the operators run")
+
+        defines = {
+            "TORCH_TARGET_VERSION": TARGET_VERSION,
+            "SAFNET_COMPILER": _quote(compiler),
+            "SAFNET_OLDEST_TORCH": _quote(OLDEST_TORCH),
+            "SAFNET_INSTRUCTION_SETS": _quote(", ".join(variants)),
+            "SAFNET_FLAGS": _quote(" ".join(flags)),
+        }
+        flags += [f"-D{name}={value}" for name, value in defines.items()]
+        if len(variants) > 1:
+            flags.append("-DSAFNET_X86_VARIANTS=1")
+        flags += [f"-I{CSRC}", *(f"-isystem{path}" for path in self._include_dirs())]
+
+        ninja = NinjaFile(ROOT / "build" / f"cpu-{sys.implementation.cache_tag}", self.compiler_path)
+        objects = [ninja.compile(CSRC / "module.cpp", "module", flags)]
+        # The baseline's objects come first: where the linker finds a function of a header in several of them, it keeps the first.
+        for name, extra in variants.items():
+            for source in sorted((CSRC / "cpu").glob("*.cpp")):
+                host = f"-DSAFNET_HOST={int(name == 'baseline')}"
+                objects.append(ninja.compile(source, f"{source.stem}.{name}", [*flags, *extra, f"-DSAFNET_ISA={name}", host]))
+        library_dir = Path(torch.__file__).parent / "lib"
+        libraries = [f"-L{library_dir}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"] if sys.platform != "darwin" else []
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        ninja.link(objects, output, [*link_flags, *libraries])
+        jobs = os.environ.get("MAX_JOBS")
+        self._decide(f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else ""))
+        ninja.run(jobs)
+
+    def _instruction_sets(self) -> dict[str, list[str]]:
+        variants: dict[str, list[str]] = {"baseline": []}
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            probe = [self.compiler_path, "-x", "c++", "-fsyntax-only", "-"]
+            variants |= {
+                name: flags
+                for name, flags in X86_VARIANTS.items()
+                if subprocess.run([*probe, *flags], input="", capture_output=True, text=True).returncode == 0
+            }
+            if len(variants) != 1 + len(X86_VARIANTS):
+                self._decide("the compiler does not know AVX2 and AVX-512: baseline kernels only")
+                variants = {"baseline": []}
+        return variants
+
+    def _include_dirs(self) -> list[str]:
+        import pybind11
+        import sysconfig
+
+        import torch
+
+        return [sysconfig.get_path("include"), pybind11.get_include(), str(Path(torch.__file__).parent / "include")]
+
+
+class NinjaFile:
+    """A build.ninja of compilations and links, in a folder that is kept, so that a second build compiles only what changed."""
+
+    def __init__(self, folder: Path, compiler: str) -> None:
+        from ninja import ninja_syntax
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.file = (folder / "build.ninja").open("w")
+        self.writer = ninja_syntax.Writer(self.file, width=120)
+        self.writer.rule("compile", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+        self.writer.rule("link", f"{compiler} $in -o $out.partial $flags && mv $out.partial $out")
+
+    def compile(self, source: Path, name: str, flags: list[str]) -> str:
+        self.writer.build(f"{name}.o", "compile", str(source), variables={"flags": " ".join(map(_shell, flags))})
+        return f"{name}.o"
+
+    def link(self, objects: list[str], output: Path, flags: list[str]) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.writer.build(str(output), "link", objects, variables={"flags": " ".join(map(_shell, flags))})
+
+    def run(self, jobs: str | None) -> None:
+        self.file.close()
+        ninja = [sys.executable, "-m", "ninja", "-C", str(self.folder)]
+        subprocess.run([*ninja, "-j", jobs] if jobs else ninja, check=True)
+
+
+def _quote(text: str) -> str:
+    """A C string literal."""
+    return json.dumps(text)
+
+
+def _shell(flag: str) -> str:
+    import shlex
+
+    return shlex.quote(flag).replace("$", "$$")
+
+
+def _write_report(decisions: list[str], missing: str | None) -> None:
+    """For `python -m safnet_ops.info`: what the build decided, and why the kernels are missing if they are."""
+    REPORT.write_text(json.dumps({"decisions": decisions, "missing": missing}, indent=1) + "\n")

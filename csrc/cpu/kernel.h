@@ -1,0 +1,82 @@
+// How a CPU kernel is written once and compiled for several instruction sets.
+//
+// The build compiles every csrc/cpu/*.cpp once per instruction set, with SAFNET_ISA naming it. A file's kernels lie in namespace
+// safnet::SAFNET_ISA and take plain structs of pointers and strides; its host part, between #if SAFNET_HOST and #endif, exists
+// once, in the baseline object: it registers the operator, allocates, splits the work into rows, and calls the best kernels that
+// this processor runs. Kernels must not call inline functions of the standard library that may end up out of line: the linker
+// would keep one copy of them for all instruction sets.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/scalar.h"
+
+namespace safnet {
+
+// A tensor (N, C, H, W) as kernels see it; strides in elements. No data: an absent argument.
+struct View {
+  void* data = nullptr;
+  int64_t size[4] = {};
+  int64_t stride[4] = {};
+};
+
+// Start of one row of one channel.
+template <class T>
+SAFNET_INLINE T* row(const View& view, int64_t n, int64_t c, int64_t y) {
+  return static_cast<T*>(view.data) + n * view.stride[0] + c * view.stride[1] + y * view.stride[2];
+}
+
+// Copy `count` elements, `stride` apart, into a packed buffer of the computing type.
+template <class T, class R>
+SAFNET_INLINE void load_row(const T* source, int64_t stride, int count, R* out) {
+  if (stride == 1)
+    for (int i = 0; i < count; ++i) out[i] = load(source[i]);
+  else
+    for (int i = 0; i < count; ++i) out[i] = load(source[i * stride]);
+}
+
+template <class T, class R>
+SAFNET_INLINE void store_row(const R* values, int count, T* out, int64_t stride) {
+  if (stride == 1)
+    for (int i = 0; i < count; ++i) store(values[i], out[i]);
+  else
+    for (int i = 0; i < count; ++i) store(values[i], out[i * stride]);
+}
+
+// Calls kernel<T, G>(arguments...) for the image type T and the type G of flows and masks: T itself, or float beside half types.
+#define SAFNET_DISPATCH(image_type, geometry_type, kernel, ...)                                        \
+  do {                                                                                                 \
+    const bool same = (image_type) == (geometry_type);                                                 \
+    if ((image_type) == Type::kFloat32) kernel<float, float>(__VA_ARGS__);                             \
+    else if ((image_type) == Type::kFloat64) kernel<double, double>(__VA_ARGS__);                      \
+    else if ((image_type) == Type::kFloat16 && same) kernel<Half, Half>(__VA_ARGS__);                  \
+    else if ((image_type) == Type::kFloat16) kernel<Half, float>(__VA_ARGS__);                         \
+    else if (same) kernel<BFloat16, BFloat16>(__VA_ARGS__);                                            \
+    else kernel<BFloat16, float>(__VA_ARGS__);                                                         \
+  } while (0)
+
+// Declares a kernel in the namespace of every instruction set, and SAFNET_KERNEL(name) picks the one to call.
+#if defined(SAFNET_X86_VARIANTS)
+#define SAFNET_DECLARE(name, ...)             \
+  namespace baseline { void name(__VA_ARGS__); } \
+  namespace avx2 { void name(__VA_ARGS__); }     \
+  namespace avx512 { void name(__VA_ARGS__); }
+#define SAFNET_KERNEL(name)                                                                   \
+  (::safnet::instruction_set() == ::safnet::InstructionSet::kAvx512 ? &::safnet::avx512::name \
+   : ::safnet::instruction_set() == ::safnet::InstructionSet::kAvx2 ? &::safnet::avx2::name   \
+                                                                    : &::safnet::baseline::name)
+#else
+#define SAFNET_DECLARE(name, ...) \
+  namespace baseline { void name(__VA_ARGS__); }
+#define SAFNET_KERNEL(name) (&::safnet::baseline::name)
+#endif
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+// The best one of this processor; SAFNET_OPS_ISA=baseline|avx2|avx512 in the environment lowers it (csrc/module.cpp).
+InstructionSet instruction_set();
+
+// Tests force 64-bit offsets on tensors that do not need them (csrc/module.cpp).
+bool force_64bit_offsets();
+
+}  // namespace safnet
