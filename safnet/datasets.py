@@ -1,7 +1,7 @@
 """The public data sets of multi-exposure HDR fusion, read from the folders that their authors ship.
 
-Frames come as LDR values in [0, 1], RGB, short to long; the truth as linear radiance in the short exposure's units, where
-1 is its clipping point. Scenes are listed first and read one at a time, so that a broken one does not hide the others.
+Frames come as LDR values in [0, 1], RGB, short to long; the truth as linear radiance in the short exposure's units,
+where 1 is its clipping point. Scenes are listed first and read one at a time, so that a broken one hides no other.
 """
 
 import re
