@@ -70,16 +70,16 @@ def ssim(prediction: Tensor, truth: Tensor, data_range: float = 1.0, *, volume: 
     """Mean structural similarity (Wang et al. 2004) of two pictures (3, H, W), equal to MATLAB's `ssim`.
 
     Args:
-        volume: what MATLAB's `ssim(A, ref)` does with an RGB array, and so what is published: the three channels are planes
+        volume: what MATLAB's `ssim(A, ref)` does with an RGB array, and so what is published: the channels are planes
             of a volume and the window is a Gaussian of 11x11x11. False is its 'DataFormat' 'SSC': each channel alone.
     """
-    return float(ssim_map(prediction, truth, data_range, volume=volume).mean())
+    return float(ssim_map(prediction, truth, data_range, volume=volume).double().mean())
 
 
 def ssim_map(prediction: Tensor, truth: Tensor, data_range: float = 1.0, *, volume: bool = True) -> Tensor:
-    """Structural similarity at each pixel (C, H, W), float64; borders are replicated, as MATLAB does."""
+    """Structural similarity at each pixel (C, H, W), float32; borders are replicated, as MATLAB does."""
     _check_pair("ssim", prediction, truth)
-    x, y = prediction.double(), truth.double()
+    x, y = prediction.float(), truth.float()
     mean_x, mean_y = _blur(x, volume), _blur(y, volume)
     # Variances are only ever added, so one blur does for both.
     variances = _blur(x.square() + y.square(), volume) - mean_x.square() - mean_y.square()
@@ -105,8 +105,8 @@ def pu21_scores(prediction: Tensor, truth: Tensor, peak_luminance: float = PEAK_
 def ntire_scores(prediction: Tensor, truth: Tensor, gamma: float) -> tuple[float, float]:
     """PSNR-mu and PSNR of the NTIRE 2021 HDR challenge, for gamma-encoded pictures.
 
-    PSNR-mu: linear values over the 99th percentile of the truth's, then tanh, then the mu-law. PSNR: encoded values over
-    the truth's maximum.
+    PSNR-mu: linear values over the 99th percentile of the truth's, then tanh, then the mu-law. PSNR: encoded values
+    over the truth's maximum.
     """
     linear, linear_truth = prediction.double().pow(gamma), truth.double().pow(gamma)
     bright = _percentile(linear_truth, NTIRE_PERCENTILE)
@@ -180,21 +180,28 @@ def _mu(radiance: Tensor) -> Tensor:
 
 def _blur(picture: Tensor, volume: bool) -> Tensor:
     """Gaussian blur (C, H, W) along rows and columns, and of a volume along channels too, borders replicated."""
-    for dim in (0, 1, 2) if volume else (1, 2):
-        picture = _blur_along(picture, dim)
-    return picture
-
-
-def _blur_along(picture: Tensor, dim: int) -> Tensor:
-    # Shifted sums: convolutions of float64 are slow on CPUs.
-    length = picture.shape[dim]
-    ends = [picture.narrow(dim, index, 1) for index in (0, length - 1)]
-    margin = [end.expand(*(SSIM_RADIUS if d == dim else -1 for d in range(3))) for end in ends]
-    padded = torch.cat([margin[0], picture, margin[1]], dim)
     weights = [math.exp(-(offset**2) / (2 * SSIM_SIGMA**2)) for offset in range(-SSIM_RADIUS, SSIM_RADIUS + 1)]
+    weights = [weight / sum(weights) for weight in weights]
+    for dim in (1, 2):
+        picture = _blur_along(picture, dim, weights)
+    if not volume:
+        return picture
+    channels = len(picture)
+    mixing = picture.new_zeros(channels, channels)
+    for channel in range(channels):
+        for offset, weight in enumerate(weights, channel - SSIM_RADIUS):
+            mixing[channel, min(max(offset, 0), channels - 1)] += weight
+    return (mixing @ picture.flatten(1)).view_as(picture)
+
+
+def _blur_along(picture: Tensor, dim: int, weights: list[float]) -> Tensor:
+    length, reach = picture.shape[dim], len(weights) // 2
+    first, last = picture.narrow(dim, 0, 1), picture.narrow(dim, length - 1, 1)
+    padded = torch.cat([first] * reach + [picture] + [last] * reach, dim)
+    # Shifted sums: on CPUs they beat a convolution with so few channels.
     blurred = torch.zeros_like(picture)
     for offset, weight in enumerate(weights):
-        blurred.add_(padded.narrow(dim, offset, length), alpha=weight / sum(weights))
+        blurred.add_(padded.narrow(dim, offset, length), alpha=weight)
     return blurred
 
 
