@@ -1,0 +1,148 @@
+"""Classical ways of fusing three exposures, to compare a network with.
+
+All of them merge by SAFNet's explicit fusion (triangle weights of the reference, linear radiance). They differ in the
+flows, and in whether a ghost mask withdraws what does not fit the reference.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import safnet_ops
+from safnet.fuse import Result
+from safnet.model import Alignment, Fusion
+from safnet.radiance import GAMMA, exposure_ratios, linearize
+
+Grey = npt.NDArray[np.uint8]
+Flow = npt.NDArray[np.float32]
+
+GHOST_THRESHOLD = 0.06  # of LDR values in [0, 1]; more than noise and rounding, less than what an eye sees as a ghost
+ORB_FEATURES = 4000
+RANSAC_PIXELS = 3.0
+FEWEST_INLIERS = 12  # a homography has 8 unknowns; with fewer witnesses the frame is left as it is
+
+
+def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, float, float]) -> Result:
+    """Fuse three exposures by the baseline of that name (see BASELINES).
+
+    Args:
+        frames: short, reference, long: (3, 3, H, W) float32, LDR values in [0, 1].
+        evs: exposure values in stops, ascending.
+
+    Returns:
+        Radiance (1, 3, H, W) in the short exposure's units, and the flows and masks it was made with.
+
+    Raises:
+        ValueError: there is no such baseline, or it needs OpenCV, which is not installed.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"--baseline must be one of {', '.join(BASELINES)}, got {name!r}")
+    ratios = exposure_ratios(evs)
+    short, reference, long = (linearize(frame, ratio)[None] for frame, ratio in zip(frames, ratios, strict=True))
+    height, width = frames.shape[2:]
+    align = ALIGNERS[name.removesuffix("+mask")]
+    flow_short, flow_long = (align(frames[1], frames[k], ratios[1], ratios[k]) for k in (0, 2))
+    mask_short = mask_long = torch.full((1, 1, height, width), float(name != "reference"))
+    if name.endswith("+mask"):
+        mask_short, mask_long = (
+            ghost_mask(safnet_ops.backward_warp(radiance, flow), frames[1:2], ratios[1])
+            for radiance, flow in ((short, flow_short), (long, flow_long))
+        )
+    alignment = Alignment(flow_short, flow_long, mask_short, mask_long)
+    fused = safnet_ops.fused_fuse(short, reference, long, *alignment, frames[1:2])
+    return Result(fused, Fusion(fused, alignment))
+
+
+def ghost_mask(aligned: Tensor, reference: Tensor, ratio: float) -> Tensor:
+    """Where an aligned exposure fits the reference: mask (N, 1, H, W) of 1 and 0.
+
+    It does where, exposed like the reference, its LDR value differs by at most 0.06 in every channel. A clipped
+    reference is thus fitted by everything that would clip as well.
+
+    Args:
+        aligned: linear radiance (N, 3, H, W).
+        reference: LDR values (N, 3, H, W) in [0, 1].
+        ratio: the reference's exposure ratio to the short exposure.
+    """
+    exposed = (aligned * ratio).clamp(0, 1).pow(1 / GAMMA)
+    return ((exposed - reference).abs().amax(1, keepdim=True) <= GHOST_THRESHOLD).to(aligned.dtype)
+
+
+def dis_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> Tensor:
+    """Flow (1, 2, H, W) in pixels from reference to frame (3, H, W), by dense inverse search (Kroeger et al. 2016)."""
+    cv2 = _opencv()
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    pictures = _equally_exposed(reference, frame, reference_ratio, frame_ratio)
+    if min(pictures[0].shape) < 2 * search.getPatchSize():
+        raise ValueError(f"baseline dis: frames must be at least {2 * search.getPatchSize()} pixels a side")
+    return _tensor(search.calc(*pictures, None).transpose(2, 0, 1))
+
+
+def homography_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> Tensor:
+    """As `dis_flow`, of the one homography that ORB features agree on; no motion where they agree on none."""
+    cv2 = _opencv()
+    pictures = _equally_exposed(reference, frame, reference_ratio, frame_ratio)
+    matrix = _homography(cv2, *pictures)
+    height, width = pictures[0].shape
+    x, y = np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64))
+    moved = np.einsum("ij,jhw->ihw", matrix, np.stack([x, y, np.ones_like(x)]))
+    return _tensor(np.stack([moved[0] / moved[2] - x, moved[1] / moved[2] - y]))
+
+
+def no_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> Tensor:
+    """As `dis_flow`, of a scene in which nothing moves."""
+    return reference.new_zeros(1, 2, *reference.shape[1:])
+
+
+def _homography(cv2: Any, reference: Grey, frame: Grey) -> npt.NDArray[np.float64]:
+    """Matrix (3, 3) from the reference's pixels to the frame's."""
+    orb = cv2.ORB_create(ORB_FEATURES)
+    (points, features), (frame_points, frame_features) = (orb.detectAndCompute(p, None) for p in (reference, frame))
+    if features is None or frame_features is None:
+        return np.eye(3)
+    matches = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(features, frame_features)
+    if len(matches) < FEWEST_INLIERS:
+        return np.eye(3)
+    source = np.array([points[match.queryIdx].pt for match in matches], np.float32)
+    target = np.array([frame_points[match.trainIdx].pt for match in matches], np.float32)
+    cv2.setRNGSeed(0)
+    matrix, inliers = cv2.findHomography(source, target, cv2.RANSAC, RANSAC_PIXELS)
+    return np.eye(3) if matrix is None or inliers.sum() < FEWEST_INLIERS else matrix
+
+
+def _equally_exposed(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> tuple[Grey, Grey]:
+    """Both frames as 8-bit grey at the longer one's exposure, where they clip alike and the shorter one is not dark."""
+    longer = max(reference_ratio, frame_ratio)
+    exposed = (
+        (ldr.pow(GAMMA) * (longer / ratio)).clamp(0, 1).pow(1 / GAMMA)
+        for ldr, ratio in ((reference, reference_ratio), (frame, frame_ratio))
+    )
+    first, second = (picture.mul(255).round().mean(0).byte().cpu().numpy() for picture in exposed)
+    return first, second
+
+
+def _tensor(flow: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(flow, np.float32))[None]
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ValueError(f"this baseline needs OpenCV ({error}); pip install 'safnet-ops[eval]'") from error
+    return cv2
+
+
+ALIGNERS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "reference": no_flow,
+    "unaligned": no_flow,
+    "homography": homography_flow,
+    "dis": dis_flow,
+}
+
+# "reference" is the reference exposure alone: a mask could take nothing from it.
+BASELINES = ("reference", *(f"{name}{mask}" for name in ("unaligned", "homography", "dis") for mask in ("", "+mask")))
