@@ -9,9 +9,8 @@ namespace safnet {
 struct WarpArguments {
   View image, flow, out;  // `grad` takes the place of `out` in the backward
   View grad_flow, grad_image;
-  int32_t* reach;  // (N * H, 2)
-  int32_t bands;   // into which each picture's rows are cut
-  Type image_type, flow_type;
+  void* reach;    // see scatter.h
+  int32_t bands;  // into which each picture's rows are cut
 };
 
 SAFNET_DECLARE(warp_rows, const WarpArguments&, int64_t, int64_t)
@@ -24,116 +23,104 @@ SAFNET_DECLARE(warp_image_gradient_bands, const WarpArguments&, int64_t, int64_t
 namespace safnet::SAFNET_ISA {
 namespace {
 
-template <class T, class G, class Offset>
+// One pixel's channels lie together: they are the vector.
+template <class T, class R, class Offset>
+void warp_pixels(const WarpArguments& a, const Run& run, const Grid<Offset>& grid, const Cells<R, Offset>& cells) {
+  const int64_t channels = a.image.size[1];
+  for (int i = 0; i < run.count; ++i) {
+    const T* upper_left = row<T>(a.image, run.n, 0, 0) + cells.offset[i];
+    const T *upper_right = upper_left + grid.right, *lower_left = upper_left + grid.down, *lower_right = lower_left + grid.right;
+    T* __restrict out = at<T>(a.out, run, 0) + i * a.out.stride[3];
+    const R fraction_x = cells.fraction_x[i], fraction_y = cells.fraction_y[i];
+    for (int64_t c = 0; c < channels; ++c)
+      store(bilinear(load(upper_left[c]), load(upper_right[c]), load(lower_left[c]), load(lower_right[c]), fraction_x, fraction_y),
+            out[c]);
+  }
+}
+
+template <class R, class Offset>
+void warp_channels_inside(const WarpArguments& a, const Run& run, const Grid<Offset>& grid, const Cells<R, Offset>& cells) {
+  if constexpr (sizeof(R) == sizeof(double)) {
+    warp_pixels<double>(a, run, grid, cells);
+  } else {
+    if (a.image.type == Type::kFloat32) warp_pixels<float>(a, run, grid, cells);
+    else if (a.image.type == Type::kFloat16) warp_pixels<Half>(a, run, grid, cells);
+    else warp_pixels<BFloat16>(a, run, grid, cells);
+  }
+}
+
+template <class R, class Offset>
 void warp_row(const WarpArguments& a, int64_t n, int32_t y) {
-  using R = Real<T>;
   const Grid<Offset> grid(a.image);
   const int64_t channels = a.image.size[1];
   const bool channels_inside = a.image.stride[1] == 1 && a.out.stride[1] == 1 && channels > 1;
   Cells<R, Offset> cells;
-  for (int32_t x = 0; x < grid.width; x += kChunk) {
-    const int count = grid.width - x < kChunk ? grid.width - x : kChunk;
-    locate_row<G>(grid, a.flow, n, y, x, count, cells);
-    if (channels_inside) {
-      for (int i = 0; i < count; ++i) {
-        const T* at = row<T>(a.image, n, 0, 0) + cells.offset[i];
-        const T *upper_right = at + grid.right, *lower_left = at + grid.down, *lower_right = lower_left + grid.right;
-        T* __restrict out = row<T>(a.out, n, 0, y) + (x + i) * a.out.stride[3];
-        const R fraction_x = cells.fraction_x[i], fraction_y = cells.fraction_y[i];
-        for (int64_t c = 0; c < channels; ++c)
-          store(bilinear(load(at[c]), load(upper_right[c]), load(lower_left[c]), load(lower_right[c]), fraction_x, fraction_y),
-                out[c]);
-      }
-    } else {
-      R values[kChunk];
-      for (int64_t c = 0; c < channels; ++c) {
-        sample(row<T>(a.image, n, c, 0), grid, cells, count, values);
-        store_row(values, count, row<T>(a.out, n, c, y) + x * a.out.stride[3], a.out.stride[3]);
-      }
+  R values[kChunk];
+  each_run(a.image, n, y, [&](const Run& run) {
+    locate(grid, a.flow, run, cells);
+    if (channels_inside) return warp_channels_inside(a, run, grid, cells);
+    for (int64_t c = 0; c < channels; ++c) {
+      sample(a.image, n, c, grid, cells, run.count, values);
+      store_run(values, a.out, run, c);
     }
-  }
+  });
 }
 
-template <class T, class G>
+template <class R>
 void warp(const WarpArguments& a, int64_t begin, int64_t end) {
-  const int64_t height = a.image.size[2];
-  const bool wide = needs_64bit_offsets(a.image);
-  for (int64_t r = begin; r < end; ++r) {
-    if (wide) warp_row<T, G, int64_t>(a, r / height, static_cast<int32_t>(r % height));
-    else warp_row<T, G, int32_t>(a, r / height, static_cast<int32_t>(r % height));
-  }
+  const auto kernel = needs_64bit_offsets(a.image) ? warp_row<R, int64_t> : warp_row<R, int32_t>;
+  each_row(a.image, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
 }
 
-template <class T, class G, class Offset>
+template <class R, class Offset>
 void flow_gradient_row(const WarpArguments& a, int64_t n, int32_t y) {
-  using R = Real<T>;
   const Grid<Offset> grid(a.image);
   Cells<R, Offset> cells;
-  for (int32_t x = 0; x < grid.width; x += kChunk) {
-    const int count = grid.width - x < kChunk ? grid.width - x : kChunk;
-    locate_row<G>(grid, a.flow, n, y, x, count, cells);
-    R sum_x[kChunk] = {}, sum_y[kChunk] = {}, value[kChunk], slope_x[kChunk], slope_y[kChunk], grad[kChunk];
+  R value[kChunk], slope_x[kChunk], slope_y[kChunk], grad[kChunk];
+  each_run(a.image, n, y, [&](const Run& run) {
+    locate(grid, a.flow, run, cells);
+    R sum_x[kChunk] = {}, sum_y[kChunk] = {};
     for (int64_t c = 0; c < a.image.size[1]; ++c) {
-      load_row(row<T>(a.out, n, c, y) + x * a.out.stride[3], a.out.stride[3], count, grad);
-      sample_with_slopes(row<T>(a.image, n, c, 0), grid, cells, count, value, slope_x, slope_y);
-      for (int i = 0; i < count; ++i) sum_x[i] += grad[i] * slope_x[i];
-      for (int i = 0; i < count; ++i) sum_y[i] += grad[i] * slope_y[i];
+      load_run(a.out, run, c, grad);
+      sample_with_slopes(a.image, n, c, grid, cells, run.count, value, slope_x, slope_y);
+      for (int i = 0; i < run.count; ++i) {
+        sum_x[i] += grad[i] * slope_x[i];
+        sum_y[i] += grad[i] * slope_y[i];
+      }
     }
-    const int64_t stride = a.grad_flow.stride[3];
-    store_row(sum_x, count, row<G>(a.grad_flow, n, 0, y) + x * stride, stride);
-    store_row(sum_y, count, row<G>(a.grad_flow, n, 1, y) + x * stride, stride);
-  }
+    store_run(sum_x, a.grad_flow, run, 0);
+    store_run(sum_y, a.grad_flow, run, 1);
+  });
 }
 
-template <class T, class G>
+template <class R>
 void flow_gradient(const WarpArguments& a, int64_t begin, int64_t end) {
-  const int64_t height = a.image.size[2];
-  const bool wide = needs_64bit_offsets(a.image);
-  for (int64_t r = begin; r < end; ++r) {
-    if (wide) flow_gradient_row<T, G, int64_t>(a, r / height, static_cast<int32_t>(r % height));
-    else flow_gradient_row<T, G, int32_t>(a, r / height, static_cast<int32_t>(r % height));
-  }
+  const auto kernel = needs_64bit_offsets(a.image) ? flow_gradient_row<R, int64_t> : flow_gradient_row<R, int32_t>;
+  each_row(a.image, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
 }
 
-template <class T, class G>
+template <class R>
 void reach_rows(const WarpArguments& a, int64_t begin, int64_t end) {
-  const Grid<int64_t> grid(a.image);
-  for (int64_t r = begin; r < end; ++r)
-    reinterpret_cast<Reach*>(a.reach)[r] =
-        reach_of_row<G, Real<T>>(grid, a.flow, r / grid.height, static_cast<int32_t>(r % grid.height));
+  auto* reach = static_cast<Reach*>(a.reach);
+  each_row(a.image, begin, end, [&](int64_t n, int32_t y) { note_reach<R>(a.flow, n, y, reach[n * a.image.size[2] + y]); });
 }
 
-template <class T, class G>
+template <class R>
 void image_gradient(const WarpArguments& a, int64_t begin, int64_t end) {
-  using R = Real<T>;
-  const int64_t channels = a.image.size[1], height = a.image.size[2];
-  R* values = static_cast<R*>(std::malloc(static_cast<size_t>(channels) * kChunk * sizeof(R)));
-  if (values == nullptr) std::abort();
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t n = task / a.bands, band = task % a.bands;
-    const auto first = static_cast<int32_t>(height * band / a.bands), last = static_cast<int32_t>(height * (band + 1) / a.bands);
-    scatter_band<T, G>(a.grad_image, a.flow, reinterpret_cast<const Reach*>(a.reach) + n * height, n, first, last, values,
-                       [&](int32_t y, int32_t x, int count, R* out) {
-                         for (int64_t c = 0; c < channels; ++c)
-                           load_row(row<T>(a.out, n, c, y) + x * a.out.stride[3], a.out.stride[3], count, out + c * kChunk);
-                       });
-  }
-  std::free(values);
+  scatter_bands<R>(a.grad_image, a.flow, static_cast<const Reach*>(a.reach), a.bands, begin, end, [&](const Run& run, R* out) {
+    for (int64_t c = 0; c < a.image.size[1]; ++c) load_run(a.out, run, c, out + c * kChunk);
+  });
 }
 
 }  // namespace
 
-void warp_rows(const WarpArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH(a.image_type, a.flow_type, warp, a, begin, end);
-}
+void warp_rows(const WarpArguments& a, int64_t begin, int64_t end) { SAFNET_DISPATCH(a.image, warp, a, begin, end); }
 void warp_flow_gradient_rows(const WarpArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH(a.image_type, a.flow_type, flow_gradient, a, begin, end);
+  SAFNET_DISPATCH(a.image, flow_gradient, a, begin, end);
 }
-void warp_reach_rows(const WarpArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH(a.image_type, a.flow_type, reach_rows, a, begin, end);
-}
+void warp_reach_rows(const WarpArguments& a, int64_t begin, int64_t end) { SAFNET_DISPATCH(a.image, reach_rows, a, begin, end); }
 void warp_image_gradient_bands(const WarpArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH(a.image_type, a.flow_type, image_gradient, a, begin, end);
+  SAFNET_DISPATCH(a.image, image_gradient, a, begin, end);
 }
 
 }  // namespace safnet::SAFNET_ISA
@@ -149,7 +136,6 @@ Tensor backward_warp(Tensor image, Tensor flow) {
   Tensor out = empty_image(image);
   WarpArguments a{};
   a.image = view(image), a.flow = view(flow), a.out = view(out);
-  a.image_type = type_of(image), a.flow_type = type_of(flow);
   for_rows(a.out, SAFNET_KERNEL(warp_rows), a);
   return out;
 }
@@ -161,7 +147,6 @@ std::tuple<Tensor, Tensor> backward_warp_backward(Tensor grad, Tensor image, Ten
   Tensor grad_flow = empty_gradient(flow, need_flow);
   WarpArguments a{};
   a.image = view(image), a.flow = view(flow), a.out = view(grad);
-  a.image_type = type_of(image), a.flow_type = type_of(flow);
   if (need_flow) {
     a.grad_flow = view(grad_flow);
     for_rows(a.image, SAFNET_KERNEL(warp_flow_gradient_rows), a);

@@ -16,6 +16,7 @@ namespace safnet {
 // A tensor (N, C, H, W) as kernels see it; strides in elements. No data: an absent argument.
 struct View {
   void* data = nullptr;
+  Type type = Type::kFloat32;
   int64_t size[4] = {};
   int64_t stride[4] = {};
 };
@@ -26,33 +27,11 @@ SAFNET_INLINE T* row(const View& view, int64_t n, int64_t c, int64_t y) {
   return static_cast<T*>(view.data) + n * view.stride[0] + c * view.stride[1] + y * view.stride[2];
 }
 
-// Copy `count` elements, `stride` apart, into a packed buffer of the computing type.
-template <class T, class R>
-SAFNET_INLINE void load_row(const T* source, int64_t stride, int count, R* out) {
-  if (stride == 1)
-    for (int i = 0; i < count; ++i) out[i] = load(source[i]);
-  else
-    for (int i = 0; i < count; ++i) out[i] = load(source[i * stride]);
-}
-
-template <class T, class R>
-SAFNET_INLINE void store_row(const R* values, int count, T* out, int64_t stride) {
-  if (stride == 1)
-    for (int i = 0; i < count; ++i) store(values[i], out[i]);
-  else
-    for (int i = 0; i < count; ++i) store(values[i], out[i * stride]);
-}
-
-// Calls kernel<T, G>(arguments...) for the image type T and the type G of flows and masks: T itself, or float beside half types.
-#define SAFNET_DISPATCH(image_type, geometry_type, kernel, ...)                                        \
-  do {                                                                                                 \
-    const bool same = (image_type) == (geometry_type);                                                 \
-    if ((image_type) == Type::kFloat32) kernel<float, float>(__VA_ARGS__);                             \
-    else if ((image_type) == Type::kFloat64) kernel<double, double>(__VA_ARGS__);                      \
-    else if ((image_type) == Type::kFloat16 && same) kernel<Half, Half>(__VA_ARGS__);                  \
-    else if ((image_type) == Type::kFloat16) kernel<Half, float>(__VA_ARGS__);                         \
-    else if (same) kernel<BFloat16, BFloat16>(__VA_ARGS__);                                            \
-    else kernel<BFloat16, float>(__VA_ARGS__);                                                         \
+// Calls kernel<R>(arguments...) for the type R that an image is computed in.
+#define SAFNET_DISPATCH(image, kernel, ...)                             \
+  do {                                                                  \
+    if ((image).type == Type::kFloat64) kernel<double>(__VA_ARGS__);    \
+    else kernel<float>(__VA_ARGS__);                                    \
   } while (0)
 
 // Declares a kernel in the namespace of every instruction set, and SAFNET_KERNEL(name) picks the one to call.

@@ -1,20 +1,66 @@
-// Bilinear sampling of a run of pixels, shared by the kernels that warp. Included by kernels only: see kernel.h.
+// Reading, writing and bilinear sampling of runs of pixels, shared by the kernels that warp.
+//
+// A run is at most kChunk pixels of one row. Its values are converted to the computing type R when they are loaded, so that
+// everything behind works on small packed arrays of float or double, which compilers vectorise, and only loading, storing and
+// sampling exist for every element type. Included by kernels only: see kernel.h.
 #pragma once
 
 #include "cpu/kernel.h"
 #include "math/bilinear.h"
 
 namespace safnet::SAFNET_ISA {
+namespace {
 
-constexpr int kChunk = 64;  // pixels handled at a time: their coordinates stay in the first-level cache
+constexpr int kChunk = 64;  // the arrays of a run stay in the first-level cache
 
-// Where `count` <= kChunk neighbouring pixels of a row are sampled: offset of the upper left neighbour, and the fractions.
-template <class R, class Offset>
-struct Cells {
-  Offset offset[kChunk];
-  R fraction_x[kChunk], fraction_y[kChunk];
-  R inside_x[kChunk], inside_y[kChunk];  // 1 where the derivative with respect to the flow is not cut off, else 0
+struct Run {
+  int64_t n;
+  int32_t y, x;
+  int count;
 };
+
+template <class T>
+T* at(const View& view, const Run& run, int64_t c) {
+  return row<T>(view, run.n, c, run.y) + run.x * view.stride[3];
+}
+
+template <class T, class R>
+void load_elements(const T* __restrict source, int64_t stride, int count, R* __restrict out) {
+  if (stride == 1)
+    for (int i = 0; i < count; ++i) out[i] = load(source[i]);
+  else
+    for (int i = 0; i < count; ++i) out[i] = load(source[i * stride]);
+}
+
+template <class T, class R>
+void store_elements(const R* __restrict values, int count, T* __restrict out, int64_t stride) {
+  if (stride == 1)
+    for (int i = 0; i < count; ++i) store(values[i], out[i]);
+  else
+    for (int i = 0; i < count; ++i) store(values[i], out[i * stride]);
+}
+
+void load_run(const View& view, const Run& run, int64_t c, double* out) {
+  load_elements(at<double>(view, run, c), view.stride[3], run.count, out);
+}
+
+void load_run(const View& view, const Run& run, int64_t c, float* out) {
+  const int64_t stride = view.stride[3];
+  if (view.type == Type::kFloat32) load_elements(at<float>(view, run, c), stride, run.count, out);
+  else if (view.type == Type::kFloat16) load_elements(at<Half>(view, run, c), stride, run.count, out);
+  else load_elements(at<BFloat16>(view, run, c), stride, run.count, out);
+}
+
+void store_run(const double* values, const View& view, const Run& run, int64_t c) {
+  store_elements(values, run.count, at<double>(view, run, c), view.stride[3]);
+}
+
+void store_run(const float* values, const View& view, const Run& run, int64_t c) {
+  const int64_t stride = view.stride[3];
+  if (view.type == Type::kFloat32) store_elements(values, run.count, at<float>(view, run, c), stride);
+  else if (view.type == Type::kFloat16) store_elements(values, run.count, at<Half>(view, run, c), stride);
+  else store_elements(values, run.count, at<BFloat16>(view, run, c), stride);
+}
 
 // What stays the same for all samples of one picture. `right` and `down` are 0 where the picture is one pixel wide or high.
 template <class Offset>
@@ -22,7 +68,7 @@ struct Grid {
   int32_t height, width;
   Offset stride_y, stride_x, right, down;
 
-  explicit SAFNET_INLINE Grid(const View& image)
+  explicit Grid(const View& image)
       : height(static_cast<int32_t>(image.size[2])),
         width(static_cast<int32_t>(image.size[3])),
         stride_y(static_cast<Offset>(image.stride[2])),
@@ -31,12 +77,23 @@ struct Grid {
         down(stride_y * axis_step(height)) {}
 };
 
+// Where the pixels of a run are sampled: offset of the upper left neighbour, and the fractions.
 template <class R, class Offset>
-SAFNET_INLINE void locate(const Grid<Offset>& grid, const R* __restrict flow_x, const R* __restrict flow_y, int32_t y,
-                          int32_t x, int count, Cells<R, Offset>& cells) {
-  const R base_y = static_cast<R>(y);
-  for (int i = 0; i < count; ++i) {
-    const auto sample_x = sample_axis(static_cast<R>(x + i) + flow_x[i], grid.width);
+struct Cells {
+  Offset offset[kChunk];
+  R fraction_x[kChunk], fraction_y[kChunk];
+  R inside_x[kChunk], inside_y[kChunk];  // 1 where the derivative with respect to the flow is not cut off, else 0
+};
+
+// Reads the flow of a run and locates its samples.
+template <class R, class Offset>
+void locate(const Grid<Offset>& grid, const View& flow, const Run& run, Cells<R, Offset>& cells) {
+  R flow_x[kChunk], flow_y[kChunk];
+  load_run(flow, run, 0, flow_x);
+  load_run(flow, run, 1, flow_y);
+  const R base_y = static_cast<R>(run.y);
+  for (int i = 0; i < run.count; ++i) {
+    const auto sample_x = sample_axis(static_cast<R>(run.x + i) + flow_x[i], grid.width);
     const auto sample_y = sample_axis(base_y + flow_y[i], grid.height);
     cells.offset[i] = sample_y.index * grid.stride_y + sample_x.index * grid.stride_x;
     cells.fraction_x[i] = sample_x.fraction;
@@ -46,19 +103,9 @@ SAFNET_INLINE void locate(const Grid<Offset>& grid, const R* __restrict flow_x, 
   }
 }
 
-// Reads the flow of a run of pixels and locates its samples.
-template <class G, class R, class Offset>
-SAFNET_INLINE void locate_row(const Grid<Offset>& grid, const View& flow, int64_t n, int32_t y, int32_t x, int count,
-                              Cells<R, Offset>& cells) {
-  R flow_x[kChunk], flow_y[kChunk];
-  load_row(row<G>(flow, n, 0, y) + x * flow.stride[3], flow.stride[3], count, flow_x);
-  load_row(row<G>(flow, n, 1, y) + x * flow.stride[3], flow.stride[3], count, flow_y);
-  locate(grid, flow_x, flow_y, y, x, count, cells);
-}
-
 template <class T, class R, class Offset>
-SAFNET_INLINE void sample(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
-                          R* __restrict out) {
+void sample_elements(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
+                     R* __restrict out) {
   const T *upper_right = plane + grid.right, *lower_left = plane + grid.down, *lower_right = lower_left + grid.right;
   for (int i = 0; i < count; ++i) {
     const Offset at = cells.offset[i];
@@ -69,8 +116,8 @@ SAFNET_INLINE void sample(const T* __restrict plane, const Grid<Offset>& grid, c
 
 // The sample and its derivatives with respect to the flow.
 template <class T, class R, class Offset>
-SAFNET_INLINE void sample_with_slopes(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells,
-                                      int count, R* __restrict out, R* __restrict slope_x, R* __restrict slope_y) {
+void sample_elements_with_slopes(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
+                                 R* __restrict out, R* __restrict slope_x, R* __restrict slope_y) {
   const T *upper_right = plane + grid.right, *lower_left = plane + grid.down, *lower_right = lower_left + grid.right;
   for (int i = 0; i < count; ++i) {
     const Offset at = cells.offset[i];
@@ -81,9 +128,48 @@ SAFNET_INLINE void sample_with_slopes(const T* __restrict plane, const Grid<Offs
   }
 }
 
-SAFNET_INLINE bool needs_64bit_offsets(const View& image) {
+// Samples channel `c` of an image for a run.
+template <class R, class Offset>
+void sample(const View& image, int64_t n, int64_t c, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count, R* out) {
+  if constexpr (sizeof(R) == sizeof(double)) {
+    sample_elements(row<double>(image, n, c, 0), grid, cells, count, out);
+  } else {
+    if (image.type == Type::kFloat32) sample_elements(row<float>(image, n, c, 0), grid, cells, count, out);
+    else if (image.type == Type::kFloat16) sample_elements(row<Half>(image, n, c, 0), grid, cells, count, out);
+    else sample_elements(row<BFloat16>(image, n, c, 0), grid, cells, count, out);
+  }
+}
+
+template <class R, class Offset>
+void sample_with_slopes(const View& image, int64_t n, int64_t c, const Grid<Offset>& grid, const Cells<R, Offset>& cells,
+                        int count, R* out, R* slope_x, R* slope_y) {
+  const auto of_type = [&](auto* plane) { sample_elements_with_slopes(plane, grid, cells, count, out, slope_x, slope_y); };
+  if constexpr (sizeof(R) == sizeof(double)) {
+    of_type(row<double>(image, n, c, 0));
+  } else {
+    if (image.type == Type::kFloat32) of_type(row<float>(image, n, c, 0));
+    else if (image.type == Type::kFloat16) of_type(row<Half>(image, n, c, 0));
+    else of_type(row<BFloat16>(image, n, c, 0));
+  }
+}
+
+bool needs_64bit_offsets(const View& image) {
   const int64_t reach = (image.size[2] - 1) * image.stride[2] + (image.size[3] - 1) * image.stride[3];
   return reach > INT32_MAX || force_64bit_offsets();
 }
 
+// Calls row_kernel(n, y) for the rows [begin, end) of all pictures.
+template <class RowKernel>
+void each_row(const View& picture, int64_t begin, int64_t end, RowKernel row_kernel) {
+  for (int64_t r = begin; r < end; ++r) row_kernel(r / picture.size[2], static_cast<int32_t>(r % picture.size[2]));
+}
+
+// Calls run_kernel(run) for the runs of one row.
+template <class RunKernel>
+void each_run(const View& picture, int64_t n, int32_t y, RunKernel run_kernel) {
+  const auto width = static_cast<int32_t>(picture.size[3]);
+  for (int32_t x = 0; x < width; x += kChunk) run_kernel(Run{n, y, x, width - x < kChunk ? width - x : kChunk});
+}
+
+}  // namespace
 }  // namespace safnet::SAFNET_ISA

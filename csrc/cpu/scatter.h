@@ -2,7 +2,7 @@
 //
 // Threads own bands of the image's rows. Each goes through all pixels that may reach its band, in raster order, and adds only
 // what falls into it. So no two threads write the same pixel, and every sum has the same order whatever the number of threads:
-// the result is repeatable to the bit. A table of the rows that each flow row reaches lets a band skip the others.
+// the result is repeatable to the bit. A table of the image rows that each flow row reaches lets a band skip the others.
 // Included by kernels only: see kernel.h.
 #pragma once
 
@@ -11,105 +11,117 @@
 #include "cpu/sampling.h"
 
 namespace safnet::SAFNET_ISA {
+namespace {
 
 // First and last image row that a row of the flow reads.
 struct Reach {
   int32_t first, last;
 };
 
-template <class G, class R, class Offset>
-SAFNET_INLINE Reach reach_of_row(const Grid<Offset>& grid, const View& flow, int64_t n, int32_t y) {
-  Reach reach{grid.height, 0};
-  for (int32_t x = 0; x < grid.width; ++x) {
-    const auto sample = sample_axis(static_cast<R>(y) + static_cast<R>(load(row<G>(flow, n, 1, y)[x * flow.stride[3]])), grid.height);
-    reach.first = sample.index < reach.first ? sample.index : reach.first;
-    reach.last = sample.index > reach.last ? sample.index : reach.last;
-  }
-  reach.last += axis_step(grid.height);
-  return reach;
+template <class R>
+void note_reach(const View& flow, int64_t n, int32_t y, Reach& reach) {
+  const auto height = static_cast<int32_t>(flow.size[2]);
+  reach = {height, 0};
+  R flow_y[kChunk];
+  each_run(flow, n, y, [&](const Run& run) {
+    load_run(flow, run, 1, flow_y);
+    for (int i = 0; i < run.count; ++i) {
+      const int32_t top = sample_axis(static_cast<R>(y) + flow_y[i], height).index;
+      reach.first = top < reach.first ? top : reach.first;
+      reach.last = top > reach.last ? top : reach.last;
+    }
+  });
+  reach.last += axis_step(height);
 }
 
-// The part of an image gradient that one band owns: the gradient itself, or a float buffer for half types, whose sums must not
-// be rounded at every addition.
-template <class T, class R>
+// The rows [first, last) of one picture's gradient, as sums of type R: the gradient itself, or for half types a buffer,
+// because their sums must not be rounded at every addition.
+template <class R>
 struct Band {
   const View& gradient;
   int64_t n;
-  int32_t first, last;  // rows [first, last)
+  int32_t first, last;
+  bool buffered;
   R* data;
   int64_t stride_c, stride_y, stride_x;
 
-  SAFNET_INLINE Band(const View& gradient, int64_t n, int32_t first, int32_t last)
-      : gradient(gradient), n(n), first(first), last(last) {
-    if constexpr (sizeof(T) == sizeof(R)) {
-      data = reinterpret_cast<R*>(row<T>(gradient, n, 0, first));
-      stride_c = gradient.stride[1], stride_y = gradient.stride[2], stride_x = gradient.stride[3];
-    } else {
+  Band(const View& gradient_, int64_t n_, int32_t first_, int32_t last_)
+      : gradient(gradient_), n(n_), first(first_), last(last_),
+        buffered(gradient.type == Type::kFloat16 || gradient.type == Type::kBFloat16) {
+    if (buffered) {
       stride_x = gradient.size[1], stride_y = stride_x * gradient.size[3], stride_c = 1;
       data = static_cast<R*>(std::calloc(static_cast<size_t>(stride_y * (last - first)), sizeof(R)));
-      if (data == nullptr) std::abort();
+      if (data == nullptr) std::abort();  // not reached where the system overcommits; no exception may leave a kernel
+    } else {
+      stride_c = gradient.stride[1], stride_y = gradient.stride[2], stride_x = gradient.stride[3];
+      data = row<R>(gradient, n, 0, first);
     }
   }
+  Band(const Band&) = delete;
 
-  SAFNET_INLINE void finish() {
-    if constexpr (sizeof(T) != sizeof(R)) {
-      for (int32_t y = first; y < last; ++y)
-        for (int64_t c = 0; c < gradient.size[1]; ++c)
-          for (int64_t x = 0; x < gradient.size[3]; ++x)
-            store(data[c * stride_c + (y - first) * stride_y + x * stride_x],
-                  row<T>(gradient, n, c, y)[x * gradient.stride[3]]);
-      std::free(data);
-    }
+  ~Band() {
+    if (!buffered) return;
+    R values[kChunk];
+    for (int32_t y = first; y < last; ++y)
+      each_run(gradient, n, y, [&](const Run& run) {
+        for (int64_t c = 0; c < gradient.size[1]; ++c) {
+          const R* sums = data + c * stride_c + (y - first) * stride_y + run.x * stride_x;
+          for (int i = 0; i < run.count; ++i) values[i] = sums[i * stride_x];
+          store_run(values, gradient, run, c);
+        }
+      });
+    std::free(data);
   }
 };
 
-// Adds what a run of pixels gives to a band. `values` holds the gradients of the samples, kChunk apart for each channel.
-template <class T, class R>
-SAFNET_INLINE void add_to_band(Band<T, R>& band, const int32_t* left, const int32_t* top, const R* fraction_x,
-                               const R* fraction_y, int32_t right, int32_t down, int count, const R* values) {
+// Adds what a run gives to a band. `values` holds the gradients of the samples, kChunk apart for each channel.
+template <class R>
+void add_run(Band<R>& band, const View& flow, const Run& run, const R* values) {
   const int64_t channels = band.gradient.size[1];
-  for (int i = 0; i < count; ++i) {
-    const R fx = fraction_x[i], fy = fraction_y[i];
-    for (int32_t step = 0; step < 2; ++step) {
-      const int32_t y = top[i] + step * down;
+  const auto height = static_cast<int32_t>(flow.size[2]), width = static_cast<int32_t>(flow.size[3]);
+  R flow_x[kChunk], flow_y[kChunk];
+  load_run(flow, run, 0, flow_x);
+  load_run(flow, run, 1, flow_y);
+  for (int i = 0; i < run.count; ++i) {
+    const auto sample_x = sample_axis(static_cast<R>(run.x + i) + flow_x[i], width);
+    const auto sample_y = sample_axis(static_cast<R>(run.y) + flow_y[i], height);
+    for (int32_t lower = 0; lower < 2; ++lower) {
+      const int32_t y = sample_y.index + lower * axis_step(height);
       if (y < band.first || y >= band.last) continue;
-      const R weight_y = step == 0 ? 1 - fy : fy;
-      R* at_left = band.data + (y - band.first) * band.stride_y + left[i] * band.stride_x;
-      R* at_right = at_left + right * band.stride_x;
+      const R weight = lower ? sample_y.fraction : 1 - sample_y.fraction;
+      R* left = band.data + (y - band.first) * band.stride_y + sample_x.index * band.stride_x;
+      R* right = left + axis_step(width) * band.stride_x;
       for (int64_t c = 0; c < channels; ++c) {
-        const R value = values[c * kChunk + i] * weight_y;
-        at_left[c * band.stride_c] += value * (1 - fx);
-        at_right[c * band.stride_c] += value * fx;
+        const R value = values[c * kChunk + i] * weight;
+        left[c * band.stride_c] += value * (1 - sample_x.fraction);
+        right[c * band.stride_c] += value * sample_x.fraction;
       }
     }
   }
 }
 
-// Fills one band. `sample_gradients(y, x, count, values)` gives the gradients of the samples of a run of pixels.
-template <class T, class G, class SampleGradients>
-SAFNET_INLINE void scatter_band(const View& gradient, const View& flow, const Reach* reach, int64_t n, int32_t first,
-                                int32_t last, Real<T>* values, SampleGradients sample_gradients) {
-  using R = Real<T>;
-  const int32_t height = static_cast<int32_t>(gradient.size[2]), width = static_cast<int32_t>(gradient.size[3]);
-  Band<T, R> band(gradient, n, first, last);
-  for (int32_t y = 0; y < height; ++y) {
-    if (reach[y].last < first || reach[y].first >= last) continue;
-    for (int32_t x = 0; x < width; x += kChunk) {
-      const int count = width - x < kChunk ? width - x : kChunk;
-      int32_t left[kChunk], top[kChunk];
-      R fraction_x[kChunk], fraction_y[kChunk];
-      const G *flow_x = row<G>(flow, n, 0, y) + x * flow.stride[3], *flow_y = row<G>(flow, n, 1, y) + x * flow.stride[3];
-      for (int i = 0; i < count; ++i) {
-        const auto sample_x = sample_axis(static_cast<R>(x + i) + static_cast<R>(load(flow_x[i * flow.stride[3]])), width);
-        const auto sample_y = sample_axis(static_cast<R>(y) + static_cast<R>(load(flow_y[i * flow.stride[3]])), height);
-        left[i] = sample_x.index, top[i] = sample_y.index;
-        fraction_x[i] = sample_x.fraction, fraction_y[i] = sample_y.fraction;
-      }
-      sample_gradients(y, x, count, values);
-      add_to_band(band, left, top, fraction_x, fraction_y, axis_step(width), axis_step(height), count, values);
+// Fills bands [begin, end) of all pictures' gradients, `bands` a picture. `sample_gradients(run, values)` gives the gradients
+// of the samples of a run.
+template <class R, class SampleGradients>
+void scatter_bands(const View& gradient, const View& flow, const Reach* reach, int32_t bands, int64_t begin, int64_t end,
+                   SampleGradients sample_gradients) {
+  const int64_t channels = gradient.size[1], height = gradient.size[2];
+  auto* values = static_cast<R*>(std::malloc(static_cast<size_t>(channels) * kChunk * sizeof(R)));
+  if (values == nullptr) std::abort();
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / bands, number = task % bands;
+    Band<R> band(gradient, n, static_cast<int32_t>(height * number / bands), static_cast<int32_t>(height * (number + 1) / bands));
+    for (int32_t y = 0; y < height; ++y) {
+      const Reach rows = reach[n * height + y];
+      if (rows.last < band.first || rows.first >= band.last) continue;
+      each_run(gradient, n, y, [&](const Run& run) {
+        sample_gradients(run, values);
+        add_run(band, flow, run, values);
+      });
     }
   }
-  band.finish();
+  std::free(values);
 }
 
+}  // namespace
 }  // namespace safnet::SAFNET_ISA

@@ -31,6 +31,7 @@ inline View view(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 4, "safnet_ops: tensors must have 4 dimensions, got ", tensor.dim());
   View result;
   result.data = tensor.data_ptr();
+  result.type = type_of(tensor);
   for (int i = 0; i < 4; ++i) {
     result.size[i] = tensor.size(i);
     result.stride[i] = tensor.stride(i);
@@ -85,7 +86,7 @@ template <class Arguments>
 void scatter(const View& image, void (*reach_kernel)(const Arguments&, int64_t, int64_t),
              void (*band_kernel)(const Arguments&, int64_t, int64_t), Arguments& arguments) {
   if (image.size[0] * image.size[1] * image.size[2] * image.size[3] == 0) return;
-  std::vector<int32_t> reach(static_cast<size_t>(image.size[0] * image.size[2] * 2));
+  std::vector<int32_t> reach(static_cast<size_t>(image.size[0] * image.size[2] * 2));  // first and last row of each
   arguments.reach = reach.data();
   for_rows(image, reach_kernel, arguments);
   const int64_t useful = std::max<int64_t>(1, image.size[2] * image.size[3] / kPixelsPerTask);

@@ -1,0 +1,260 @@
+// fused_fuse on the CPU. The forward keeps a run of pixels in the first-level cache and touches memory once for every input and
+// output; the backward recomputes what it needs from the inputs, and writes only the gradients asked for.
+
+#include "cpu/fuse_row.h"
+#include "cpu/kernel.h"
+#include "cpu/scatter.h"
+
+namespace safnet {
+
+struct FuseBackwardArguments : FuseArguments {
+  // Gradients of the pixelwise inputs; no data where not needed.
+  View grad_reference, grad_flow_short, grad_flow_long, grad_mask_short, grad_mask_long;
+  View grad_ldr, grad_weight_short, grad_weight_reference, grad_weight_long;
+  // The gradient of one warped image at a time, by scatter.h.
+  View grad_image;
+  bool of_short;  // which one
+  void* reach;  // see scatter.h
+  int32_t bands;
+};
+
+SAFNET_DECLARE(fuse_rows, const FuseArguments&, int64_t, int64_t)
+SAFNET_DECLARE(fuse_gradient_rows, const FuseBackwardArguments&, int64_t, int64_t)
+SAFNET_DECLARE(fuse_reach_rows, const FuseBackwardArguments&, int64_t, int64_t)
+SAFNET_DECLARE(fuse_image_gradient_bands, const FuseBackwardArguments&, int64_t, int64_t)
+
+}  // namespace safnet
+
+namespace safnet::SAFNET_ISA {
+namespace {
+
+template <class R>
+void fuse(const FuseArguments& a, int64_t begin, int64_t end) {
+  const auto kernel = needs_64bit_offsets(a) ? fuse_row<R, int64_t> : fuse_row<R, int32_t>;
+  each_row(a.short_, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
+}
+
+// Derivatives of the loss with respect to the re-weighted weights W1, W2 and W3 of one channel of a run.
+template <class R>
+struct WeightGradients {
+  R a[kChunk], b[kChunk], c[kChunk];
+};
+
+// Sums over channels of what flows and masks receive.
+template <class R>
+struct GeometryGradients {
+  R short_x[kChunk], short_y[kChunk], long_x[kChunk], long_y[kChunk], mask_short[kChunk], mask_long[kChunk];
+};
+
+template <class R>
+void store_if_needed(const R* values, const View& gradient, const Run& run, int64_t c) {
+  if (gradient.data != nullptr) store_run(values, gradient, run, c);
+}
+
+template <class R>
+void store_base_weight_gradients(const FuseBackwardArguments& a, const Run& run, int64_t c, const BaseWeights<R>& base,
+                                 const R* mask_short, const R* mask_long, const WeightGradients<R>& w) {
+  R grad_a[kChunk], grad_c[kChunk], grad_z[kChunk];
+  for (int i = 0; i < run.count; ++i) {
+    grad_a[i] = lerp(w.b[i], w.a[i], mask_short[i]);
+    grad_c[i] = lerp(w.b[i], w.c[i], mask_long[i]);
+  }
+  if (a.grad_ldr.data != nullptr) {
+    for (int i = 0; i < run.count; ++i)
+      grad_z[i] = triangle_weights_backward(base.z[i], Weights<R>{grad_a[i], w.b[i], grad_c[i]});
+    store_run(grad_z, a.grad_ldr, run, c);
+  }
+  store_if_needed(grad_a, a.grad_weight_short, run, c);
+  store_if_needed(w.b, a.grad_weight_reference, run, c);
+  store_if_needed(grad_c, a.grad_weight_long, run, c);
+}
+
+template <class R>
+void store_mask_gradient(const View& gradient, const Run& run, R* values, const R* mask, bool logits) {
+  if (logits)
+    for (int i = 0; i < run.count; ++i) values[i] *= mask[i] * (1 - mask[i]);
+  store_if_needed(values, gradient, run, 0);
+}
+
+template <class R, class Offset>
+void fuse_gradient_row(const FuseBackwardArguments& a, int64_t n, int32_t y) {
+  const Grid<Offset> grid_short(a.short_), grid_long(a.long_);
+  Aligned<R, Offset> aligned;
+  BaseWeights<R> base;
+  WeightGradients<R> w;
+  R v_short[kChunk], v_reference[kChunk], v_long[kChunk], grad[kChunk], grad_reference[kChunk];
+  R short_x[kChunk], short_y[kChunk], long_x[kChunk], long_y[kChunk];
+  each_run(a.short_, n, y, [&](const Run& run) {
+    align(a, grid_short, grid_long, run, aligned);
+    GeometryGradients<R> sums{};
+    for (int64_t c = 0; c < a.short_.size[1]; ++c) {
+      load_base_weights(a, run, c, base);
+      load_run(a.reference, run, c, v_reference);
+      load_run(a.out, run, c, grad);
+      sample_with_slopes(a.short_, n, c, grid_short, aligned.cells_short, run.count, v_short, short_x, short_y);
+      sample_with_slopes(a.long_, n, c, grid_long, aligned.cells_long, run.count, v_long, long_x, long_y);
+      for (int i = 0; i < run.count; ++i) {
+        const Weights<R> weights = reweight(base[i], aligned.mask_short[i], aligned.mask_long[i]);
+        const R scaled = grad[i] * inverse_sum(weights);
+        const R fused = weighted_mean(weights, v_short[i], v_reference[i], v_long[i]);
+        w.a[i] = scaled * (v_short[i] - fused);
+        w.b[i] = scaled * (v_reference[i] - fused);
+        w.c[i] = scaled * (v_long[i] - fused);
+        sums.mask_short[i] += base.a[i] * (w.a[i] - w.b[i]);
+        sums.mask_long[i] += base.c[i] * (w.c[i] - w.b[i]);
+        sums.short_x[i] += scaled * weights.a * short_x[i];
+        sums.short_y[i] += scaled * weights.a * short_y[i];
+        sums.long_x[i] += scaled * weights.c * long_x[i];
+        sums.long_y[i] += scaled * weights.c * long_y[i];
+        grad_reference[i] = scaled * weights.b;
+      }
+      store_if_needed(grad_reference, a.grad_reference, run, c);
+      store_base_weight_gradients(a, run, c, base, aligned.mask_short, aligned.mask_long, w);
+    }
+    store_if_needed(sums.short_x, a.grad_flow_short, run, 0);
+    store_if_needed(sums.short_y, a.grad_flow_short, run, 1);
+    store_if_needed(sums.long_x, a.grad_flow_long, run, 0);
+    store_if_needed(sums.long_y, a.grad_flow_long, run, 1);
+    store_mask_gradient(a.grad_mask_short, run, sums.mask_short, aligned.mask_short, a.mask_logits);
+    store_mask_gradient(a.grad_mask_long, run, sums.mask_long, aligned.mask_long, a.mask_logits);
+  });
+}
+
+template <class R>
+void fuse_gradient(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
+  const auto kernel = needs_64bit_offsets(a) ? fuse_gradient_row<R, int64_t> : fuse_gradient_row<R, int32_t>;
+  each_row(a.short_, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
+}
+
+const View& scattered_flow(const FuseBackwardArguments& a) { return a.of_short ? a.flow_short : a.flow_long; }
+
+template <class R>
+void reach_rows(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
+  auto* reach = static_cast<Reach*>(a.reach);
+  each_row(a.short_, begin, end,
+           [&](int64_t n, int32_t y) { note_reach<R>(scattered_flow(a), n, y, reach[n * a.short_.size[2] + y]); });
+}
+
+// Gradients of the samples of one warped image: the incoming gradient times that image's share of the mean.
+template <class R>
+void sample_gradients(const FuseBackwardArguments& a, const Run& run, R* out) {
+  R mask_short[kChunk], mask_long[kChunk], grad[kChunk];
+  BaseWeights<R> base;
+  load_mask(a.mask_short, run, a.mask_logits, mask_short);
+  load_mask(a.mask_long, run, a.mask_logits, mask_long);
+  for (int64_t c = 0; c < a.short_.size[1]; ++c, out += kChunk) {
+    load_base_weights(a, run, c, base);
+    load_run(a.out, run, c, grad);
+    for (int i = 0; i < run.count; ++i) {
+      const Weights<R> w = reweight(base[i], mask_short[i], mask_long[i]);
+      out[i] = grad[i] * inverse_sum(w) * (a.of_short ? w.a : w.c);
+    }
+  }
+}
+
+template <class R>
+void image_gradient(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
+  scatter_bands<R>(a.grad_image, scattered_flow(a), static_cast<const Reach*>(a.reach), a.bands, begin, end,
+                   [&](const Run& run, R* out) { sample_gradients(a, run, out); });
+}
+
+}  // namespace
+
+void fuse_rows(const FuseArguments& a, int64_t begin, int64_t end) { SAFNET_DISPATCH(a.short_, fuse, a, begin, end); }
+void fuse_gradient_rows(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH(a.short_, fuse_gradient, a, begin, end);
+}
+void fuse_reach_rows(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH(a.short_, reach_rows, a, begin, end);
+}
+void fuse_image_gradient_bands(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH(a.short_, image_gradient, a, begin, end);
+}
+
+}  // namespace safnet::SAFNET_ISA
+
+#if SAFNET_HOST
+
+#include "cpu/tensors.h"
+
+namespace safnet {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+void set_inputs(FuseArguments& a, const Tensor& short_, const Tensor& reference, const Tensor& long_, const Tensor& flow_short,
+                const Tensor& flow_long, const Tensor& mask_short, const Tensor& mask_long, const OptionalTensor& ldr,
+                const OptionalTensor& weight_short, const OptionalTensor& weight_reference, const OptionalTensor& weight_long,
+                bool mask_logits) {
+  a.short_ = view(short_), a.reference = view(reference), a.long_ = view(long_);
+  a.flow_short = view(flow_short), a.flow_long = view(flow_long);
+  a.mask_short = view(mask_short), a.mask_long = view(mask_long);
+  a.ldr = view(ldr);
+  a.weight_short = view(weight_short), a.weight_reference = view(weight_reference), a.weight_long = view(weight_long);
+  a.mask_logits = mask_logits;
+}
+
+Tensor fused_fuse(Tensor short_, Tensor reference, Tensor long_, Tensor flow_short, Tensor flow_long, Tensor mask_short,
+                  Tensor mask_long, OptionalTensor ldr, OptionalTensor weight_short, OptionalTensor weight_reference,
+                  OptionalTensor weight_long, bool mask_logits) {
+  Tensor out = empty_image(short_);
+  FuseArguments a{};
+  set_inputs(a, short_, reference, long_, flow_short, flow_long, mask_short, mask_long, ldr, weight_short, weight_reference,
+             weight_long, mask_logits);
+  a.out = view(out);
+  for_rows(a.out, SAFNET_KERNEL(fuse_rows), a);
+  return out;
+}
+
+// Gradients of the eleven tensors in the order of the arguments. Always deterministic: see scatter.h.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_fuse_backward(
+    Tensor grad, Tensor short_, Tensor reference, Tensor long_, Tensor flow_short, Tensor flow_long, Tensor mask_short,
+    Tensor mask_long, OptionalTensor ldr, OptionalTensor weight_short, OptionalTensor weight_reference,
+    OptionalTensor weight_long, bool mask_logits, int64_t needs, bool /*deterministic*/) {
+  FuseBackwardArguments a{};
+  set_inputs(a, short_, reference, long_, flow_short, flow_long, mask_short, mask_long, ldr, weight_short, weight_reference,
+             weight_long, mask_logits);
+  a.out = view(grad);
+
+  bool any_pixelwise = false;
+  const auto pixelwise = [&](int position, const OptionalTensor& model, View& target) {
+    const bool needed = model && (needs >> position & 1);
+    Tensor gradient = model ? empty_gradient(*model, needed) : empty({0}, grad.scalar_type());
+    if (needed) target = view(gradient), any_pixelwise = true;
+    return gradient;
+  };
+  Tensor grad_reference = pixelwise(1, reference, a.grad_reference);
+  Tensor grad_flow_short = pixelwise(3, flow_short, a.grad_flow_short);
+  Tensor grad_flow_long = pixelwise(4, flow_long, a.grad_flow_long);
+  Tensor grad_mask_short = pixelwise(5, mask_short, a.grad_mask_short);
+  Tensor grad_mask_long = pixelwise(6, mask_long, a.grad_mask_long);
+  Tensor grad_ldr = pixelwise(7, ldr, a.grad_ldr);
+  Tensor grad_weight_short = pixelwise(8, weight_short, a.grad_weight_short);
+  Tensor grad_weight_reference = pixelwise(9, weight_reference, a.grad_weight_reference);
+  Tensor grad_weight_long = pixelwise(10, weight_long, a.grad_weight_long);
+  if (any_pixelwise) for_rows(a.short_, SAFNET_KERNEL(fuse_gradient_rows), a);
+
+  const auto scattered = [&](int position, const Tensor& image) {
+    const bool needed = needs >> position & 1;
+    Tensor gradient = zero_gradient(image, needed);
+    if (needed) {
+      a.grad_image = view(gradient), a.of_short = position == 0;
+      scatter(a.short_, SAFNET_KERNEL(fuse_reach_rows), SAFNET_KERNEL(fuse_image_gradient_bands), a);
+    }
+    return gradient;
+  };
+  Tensor grad_short = scattered(0, short_), grad_long = scattered(2, long_);
+  return {grad_short,     grad_reference, grad_long,         grad_flow_short,       grad_flow_long,  grad_mask_short,
+          grad_mask_long, grad_ldr,       grad_weight_short, grad_weight_reference, grad_weight_long};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(safnet_ops, CPU, m) {
+  m.impl("fused_fuse", TORCH_BOX(&fused_fuse));
+  m.impl("fused_fuse_backward", TORCH_BOX(&fused_fuse_backward));
+}
+
+}  // namespace safnet
+
+#endif  // SAFNET_HOST
