@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from safnet.exposures import find_evs
-from safnet.images import FloatPicture, ImageError, find_frames, read_header, read_ldr
+from safnet.images import FLOAT_TYPES, FloatPicture, ImageError, find_frames, read_header, read_ldr
 from safnet.radiance import GAMMA
 
 DatasetName = Literal["kalantari17", "challenge123", "tel23", "ntire21", "folder"]
@@ -101,7 +101,7 @@ def load_scene(files: SceneFiles) -> Sample:
     try:
         evs = _read_evs(files)
         pictures = [read_ldr(path) for path in files.frames]
-        truth = read_radiance(files.truth)
+        truth = read_radiance(files.truth, integers=files.scale is not None)
     except (ValueError, OSError) as error:
         raise DatasetError(f"scene {files.name}: {error}") from error
     for path, picture in zip(files.frames, pictures, strict=True):
@@ -123,11 +123,11 @@ def load_scene(files: SceneFiles) -> Sample:
     return Sample(_planar(frames), (short, middle, long), _planar(truth), flow)
 
 
-def read_radiance(path: Path) -> FloatPicture:
-    """Read linear radiance (H, W, 3), RGB, as stored: .hdr, .exr, float .tif; 16-bit integers come as integers.
+def read_radiance(path: Path, *, integers: bool = False) -> FloatPicture:
+    """Read radiance (H, W, 3), RGB, as stored: .hdr, .exr, float .tif; with `integers` also integer files, unscaled.
 
     Raises:
-        ImageError: the file is missing, unreadable, or has fewer than three channels.
+        ImageError: the file is missing, unreadable, has fewer than three channels, or integers where none are expected.
     """
     if not path.is_file():
         raise ImageError(f"{path} does not exist")
@@ -138,6 +138,8 @@ def read_radiance(path: Path) -> FloatPicture:
         spec = source.spec()
         if spec.nchannels < 3:
             raise ImageError(f"{path} must have three channels, got {spec.nchannels}")
+        if not integers and str(spec.format) not in FLOAT_TYPES:
+            raise ImageError(f"{path} must hold floating-point radiance, got {spec.format}")
         names = list(spec.channelnames)
         # EXR stores channels by alphabet, so RGB must be looked up by name.
         channels = [names.index(name) for name in "RGB"] if {"R", "G", "B"} <= set(names) else [0, 1, 2]

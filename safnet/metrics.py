@@ -148,6 +148,17 @@ def score(
     return scores
 
 
+def through_rgbe(radiance: Tensor) -> Tensor:
+    """Values (3, H, W) as a .hdr file would return them: 8-bit mantissas, cut off, one exponent a pixel (Ward 1991).
+
+    The evaluation scripts of SAFNet's authors score predictions that were stored so.
+    """
+    brightest = radiance.clamp(min=0).amax(0)
+    _, exponent = torch.frexp(brightest)
+    step = torch.ldexp(torch.ones_like(brightest), exponent - 8)
+    return torch.where(brightest < 1e-32, torch.zeros_like(radiance), (radiance.clamp(min=0) / step).floor() * step)
+
+
 class ColorVideoVDP:
     """ColorVideoVDP (Mantiuk et al. 2024) of still pictures on its standard HDR display; needs the package `cvvdp`."""
 

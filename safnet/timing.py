@@ -1,0 +1,133 @@
+"""What a model costs: time and memory on this machine, parameters, multiply-adds."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import safnet_ops
+from safnet.fuse import fuse_exposures
+from safnet.model import SAFNet
+
+TIMING_EVS = (-2.0, 0.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A measurement of `fuse_exposures`.
+
+    Attributes:
+        seconds: of each run, after the warm-up.
+        peak_memory: bytes above what was in use before, None where the system does not tell.
+        multiply_adds: of one run's convolutions.
+    """
+
+    height: int
+    width: int
+    seconds: tuple[float, ...]
+    peak_memory: int | None
+    parameters: int
+    multiply_adds: int
+    device: str
+    threads: int
+    precision: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def time_model(
+    model: SAFNet,
+    height: int,
+    width: int,
+    *,
+    runs: int = 5,
+    warm_up: int = 1,
+    tile: int | None = None,
+    precision: torch.dtype = torch.float32,
+) -> Timing:
+    """Time a model on noise frames of a size, on the device where it lies. `runs` is at least 1."""
+    device = next(model.parameters()).device
+    noise = torch.Generator().manual_seed(0)
+    frames = [torch.rand(1, 3, height, width, generator=noise).to(device) for _ in TIMING_EVS]
+
+    def run() -> float:
+        started = time.perf_counter()
+        fuse_exposures(model, frames, TIMING_EVS, tile=tile, precision=precision)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    peak_memory = peak_memory_of(run, device)  # a warm-up too
+    for _ in range(warm_up - 1):
+        run()
+    seconds = tuple(run() for _ in range(runs))
+    return Timing(
+        height,
+        width,
+        seconds,
+        peak_memory,
+        sum(parameter.numel() for parameter in model.parameters()),
+        count_multiply_adds(model, height, width),
+        device_name(device),
+        torch.get_num_threads(),
+        str(precision).removeprefix("torch."),
+    )
+
+
+def count_multiply_adds(model: SAFNet, height: int, width: int) -> int:
+    """Multiply-adds of all convolutions for three exposures of a size, counted without computing anything.
+
+    A transposed convolution counts by its input's pixels, which is what it computes. Biases, activations, resizing and
+    warps are left out.
+    """
+    with FakeTensorMode(), torch.no_grad(), safnet_ops.use_backend("reference"):
+        twin = SAFNet(model.variant).eval()
+        exposure = torch.empty(1, 6, height, width)
+        with FlopCounterMode(display=False) as counter:
+            twin(exposure, exposure, exposure)
+    return counter.get_total_flops() // 2  # a multiply-add counts as two operations there
+
+
+def peak_memory_of(work: Callable[[], object], device: torch.device) -> int | None:
+    """Peak bytes that `work` takes on the device above what was in use before; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # Linux: 5 resets the process's high-water mark (proc_pid_clear_refs(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _process_memory("VmRSS")
+    except (OSError, StopIteration):
+        work()
+        return None
+    work()
+    return max(0, _process_memory("VmHWM") - before)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name or the processor's, with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _process_memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
