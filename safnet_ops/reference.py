@@ -35,7 +35,7 @@ def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
 
     def corner(dx: int, dy: int) -> Tensor:
         index = (top + dy).clamp(max=height - 1) * width + (left + dx).clamp(max=width - 1)
-        return pixels.gather(2, index.view(n, 1, -1).expand(-1, channels, -1)).view(n, channels, height, width)
+        return pixels.gather(2, index.flatten(1).unsqueeze(1).expand(-1, channels, -1)).view(n, channels, height, width)
 
     upper = corner(0, 0) * (1 - fraction_x) + corner(1, 0) * fraction_x
     lower = corner(0, 1) * (1 - fraction_x) + corner(1, 1) * fraction_x

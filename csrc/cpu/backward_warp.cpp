@@ -88,8 +88,7 @@ void flow_gradient_row(const WarpArguments& a, int64_t n, int32_t y) {
         sum_y[i] += grad[i] * slope_y[i];
       }
     }
-    store_run(sum_x, a.grad_flow, run, 0);
-    store_run(sum_y, a.grad_flow, run, 1);
+    store_flow_gradient(a.grad_flow, run, cells, sum_x, sum_y);
   });
 }
 

@@ -111,10 +111,8 @@ void fuse_gradient_row(const FuseBackwardArguments& a, int64_t n, int32_t y) {
       store_if_needed(grad_reference, a.grad_reference, run, c);
       store_base_weight_gradients(a, run, c, base, aligned.mask_short, aligned.mask_long, w);
     }
-    store_if_needed(sums.short_x, a.grad_flow_short, run, 0);
-    store_if_needed(sums.short_y, a.grad_flow_short, run, 1);
-    store_if_needed(sums.long_x, a.grad_flow_long, run, 0);
-    store_if_needed(sums.long_y, a.grad_flow_long, run, 1);
+    store_flow_gradient(a.grad_flow_short, run, aligned.cells_short, sums.short_x, sums.short_y);
+    store_flow_gradient(a.grad_flow_long, run, aligned.cells_long, sums.long_x, sums.long_y);
     store_mask_gradient(a.grad_mask_short, run, sums.mask_short, aligned.mask_short, a.mask_logits);
     store_mask_gradient(a.grad_mask_long, run, sums.mask_long, aligned.mask_long, a.mask_logits);
   });

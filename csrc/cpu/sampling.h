@@ -82,7 +82,7 @@ template <class R, class Offset>
 struct Cells {
   Offset offset[kChunk];
   R fraction_x[kChunk], fraction_y[kChunk];
-  R inside_x[kChunk], inside_y[kChunk];  // 1 where the derivative with respect to the flow is not cut off, else 0
+  R inside_x[kChunk], inside_y[kChunk];  // 0 where the derivative with respect to the flow is cut off, else 1
 };
 
 // Reads the flow of a run and locates its samples.
@@ -114,7 +114,7 @@ void sample_elements(const T* __restrict plane, const Grid<Offset>& grid, const 
   }
 }
 
-// The sample and its derivatives with respect to the flow.
+// The sample and its derivatives with respect to the position.
 template <class T, class R, class Offset>
 void sample_elements_with_slopes(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
                                  R* __restrict out, R* __restrict slope_x, R* __restrict slope_y) {
@@ -123,8 +123,8 @@ void sample_elements_with_slopes(const T* __restrict plane, const Grid<Offset>& 
     const Offset at = cells.offset[i];
     const R v00 = load(plane[at]), v01 = load(upper_right[at]), v10 = load(lower_left[at]), v11 = load(lower_right[at]);
     out[i] = bilinear(v00, v01, v10, v11, cells.fraction_x[i], cells.fraction_y[i]);
-    slope_x[i] = bilinear_dx(v00, v01, v10, v11, cells.fraction_y[i]) * cells.inside_x[i];
-    slope_y[i] = bilinear_dy(v00, v01, v10, v11, cells.fraction_x[i]) * cells.inside_y[i];
+    slope_x[i] = bilinear_dx(v00, v01, v10, v11, cells.fraction_y[i]);
+    slope_y[i] = bilinear_dy(v00, v01, v10, v11, cells.fraction_x[i]);
   }
 }
 
@@ -151,6 +151,19 @@ void sample_with_slopes(const View& image, int64_t n, int64_t c, const Grid<Offs
     else if (image.type == Type::kFloat16) of_type(row<Half>(image, n, c, 0));
     else of_type(row<BFloat16>(image, n, c, 0));
   }
+}
+
+// Stores the gradients of a run's flow, zero where a flow points out of the picture. They are selected, not multiplied by zero:
+// they may be NaN.
+template <class R, class Offset>
+void store_flow_gradient(const View& gradient, const Run& run, const Cells<R, Offset>& cells, R* sum_x, R* sum_y) {
+  if (gradient.data == nullptr) return;
+  for (int i = 0; i < run.count; ++i) {
+    sum_x[i] = cells.inside_x[i] != 0 ? sum_x[i] : R(0);
+    sum_y[i] = cells.inside_y[i] != 0 ? sum_y[i] : R(0);
+  }
+  store_run(sum_x, gradient, run, 0);
+  store_run(sum_y, gradient, run, 1);
 }
 
 bool needs_64bit_offsets(const View& image) {
