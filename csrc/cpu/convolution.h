@@ -1,0 +1,359 @@
+// The convolution of one tile: packing, and a register-blocked multiply-add loop. Included by kernels only: see kernel.h.
+//
+// A tile is a rectangle of the output of one picture. Its input is packed as the computing type, one plane a channel with the zero
+// padding in place; then the loop runs over input channels and taps with a block of output channels times a strip of pixels in
+// registers. All that depends on stride, dilation or transposition is in the table of offsets that the loop reads.
+#pragma once
+
+#include <cstdlib>
+
+#include "cpu/kernel.h"
+
+namespace safnet {
+
+constexpr int kMostTaps = 9;
+constexpr int kMostTileRows = 32;
+
+// Input position that a weight is multiplied with, minus in_stride times the output position; and which of the 3x3 weights it is.
+struct Tap {
+  int64_t dy, dx;
+  int64_t weight;
+};
+
+// What is multiplied: the taps, the output grid they are applied on, and its division into tiles. A tile has `tile_rows` rows,
+// `row_step` apart so that dilated taps share input rows, times `tile_columns` columns.
+struct TapGrid {
+  int32_t taps;
+  Tap tap[kMostTaps];
+  int64_t in_stride;
+  int64_t height, width;
+  int64_t row_step, tile_rows, tile_columns, row_tiles, column_tiles;
+};
+
+}  // namespace safnet
+
+namespace safnet::SAFNET_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Accumulators are kBlock channels times kStrip vectors: with 16 registers 12 of them, with 32 registers 24.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kBlock = 8;
+#else
+constexpr int kBlock = 4;
+#endif
+constexpr int kStrip = 3;
+
+template <class R>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vector __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct Simd<double> {
+  typedef double Vector __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+template <class R>
+using Vector = typename Simd<R>::Vector;
+template <class R>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(R));
+
+template <class R>
+SAFNET_INLINE Vector<R> vector_at(const R* source) {
+  return *reinterpret_cast<const Vector<R>*>(source);
+}
+
+SAFNET_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+SAFNET_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+SAFNET_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+SAFNET_INLINE int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// Memory of one thread, aligned to a cache line.
+template <class R>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(std::malloc(static_cast<size_t>(count) * sizeof(R) + 64)) {
+    if (memory_ == nullptr) std::abort();
+  }
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  R* data() const { return reinterpret_cast<R*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63}); }
+
+ private:
+  void* memory_;
+};
+
+// Channels of the next block when `left` remain.
+SAFNET_INLINE int64_t block_channels(int64_t left) { return left >= kBlock ? kBlock : left >= 4 ? 4 : left; }
+
+// Vectors of the next strip when `left` remain: 3, but two strips of 2 for 4, since a strip of 1 waits for its additions.
+SAFNET_INLINE int strip_vectors(int64_t left) { return left == 4 ? 2 : left < kStrip ? static_cast<int>(left) : kStrip; }
+
+// Channels whose input strip and weights stay in the first-level cache together.
+SAFNET_INLINE int64_t channels_at_once(int64_t channels) {
+  const int64_t parts = larger(1, (channels + 47) / 48);
+  return (channels + parts - 1) / parts;
+}
+
+// What the multiply-add loop reads and writes.
+template <class R>
+struct Strip {
+  const R* in;
+  int64_t in_channel;
+  const int32_t* offset;  // of each tap
+  int taps;
+  int64_t channels;
+  const R* weights;  // [channel][tap][output channel of the block]
+  const R* start;    // first addend of every output channel, or null: continue the sums in `out`
+  R* out;
+  int64_t out_channel;
+};
+
+// out[m][x] = start[m] + sum over channels c and taps t of weights[c][t][m] * in[c][offset[t] + x].
+template <class R, int M, int N>
+SAFNET_INLINE void multiply_add(const Strip<R>& s) {
+  Vector<R> sum[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v)
+      sum[m][v] = s.start != nullptr ? Vector<R>{} + s.start[m] : vector_at(s.out + m * s.out_channel + v * kLanes<R>);
+  const R* in = s.in;
+  const R* weights = s.weights;
+  const int taps = s.taps;
+  for (int64_t c = 0; c < s.channels; ++c) {
+    for (int t = 0; t < taps; ++t) {
+      const R* at = in + s.offset[t];
+      Vector<R> pixels[N];
+      for (int v = 0; v < N; ++v) pixels[v] = vector_at(at + v * kLanes<R>);
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < N; ++v) sum[m][v] += pixels[v] * weights[m];
+      weights += M;
+    }
+    in += s.in_channel;
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) *reinterpret_cast<Vector<R>*>(s.out + m * s.out_channel + v * kLanes<R>) = sum[m][v];
+}
+
+template <class R, int M>
+__attribute__((noinline)) void multiply_add(const Strip<R>& s, int vectors) {
+  if (vectors == 3) multiply_add<R, M, 3>(s);
+  else if (vectors == 2) multiply_add<R, M, 2>(s);
+  else multiply_add<R, M, 1>(s);
+}
+
+template <class R>
+SAFNET_INLINE void multiply_add(const Strip<R>& s, int64_t block, int vectors) {
+  switch (block) {
+    case 1: return multiply_add<R, 1>(s, vectors);
+    case 2: return multiply_add<R, 2>(s, vectors);
+    case 3: return multiply_add<R, 3>(s, vectors);
+    case 4: return multiply_add<R, 4>(s, vectors);
+    default: return multiply_add<R, kBlock>(s, vectors);
+  }
+}
+
+// How the packed input of a tile lies in memory: [channel][slot][phase][column]. A slot is an input row; a phase holds every
+// in_stride-th column, so that neighbouring outputs read neighbouring numbers.
+struct TileLayout {
+  int64_t slots, phases;
+  int64_t row_pitch, channel_pitch;             // of one phase of a slot; of one channel
+  int64_t first_column[kMostTaps];              // of a phase, minus in_stride times the tile's first column
+  int64_t slot_row[3 * kMostTileRows];          // input row of a slot, minus in_stride times the tile's first row
+  int32_t offset[kMostTileRows][kMostTaps];     // of a tap, for every row of the tile
+};
+
+template <class R>
+SAFNET_INLINE TileLayout lay_out(const TapGrid& grid) {
+  TileLayout tile;
+  int64_t shift[kMostTaps], phase_of_tap[kMostTaps], remainder_of_phase[kMostTaps];
+  int64_t smallest = INT64_MAX, largest = INT64_MIN;
+  tile.phases = 0;
+  for (int t = 0; t < grid.taps; ++t) {
+    shift[t] = floor_divide(grid.tap[t].dx, grid.in_stride);
+    smallest = smaller(smallest, shift[t]), largest = larger(largest, shift[t]);
+    const int64_t remainder = grid.tap[t].dx - shift[t] * grid.in_stride;
+    int64_t phase = 0;
+    while (phase < tile.phases && remainder_of_phase[phase] != remainder) ++phase;
+    if (phase == tile.phases) remainder_of_phase[tile.phases++] = remainder;
+    phase_of_tap[t] = phase;
+  }
+  for (int64_t phase = 0; phase < tile.phases; ++phase)
+    tile.first_column[phase] = remainder_of_phase[phase] + smallest * grid.in_stride;
+  tile.row_pitch = round_up(grid.tile_columns, kLanes<R>) + largest - smallest;
+  tile.slots = 0;
+  for (int64_t j = 0; j < grid.tile_rows; ++j)
+    for (int t = 0; t < grid.taps; ++t) {
+      const int64_t input_row = j * grid.row_step * grid.in_stride + grid.tap[t].dy;
+      int64_t slot = 0;
+      while (slot < tile.slots && tile.slot_row[slot] != input_row) ++slot;
+      if (slot == tile.slots) tile.slot_row[tile.slots++] = input_row;
+      tile.offset[j][t] =
+          static_cast<int32_t>((slot * tile.phases + phase_of_tap[t]) * tile.row_pitch + shift[t] - smallest);
+    }
+  // An odd number of cache lines a channel spreads the channels over the cache's sets.
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(R));
+  tile.channel_pitch = (round_up(tile.slots * tile.phases * tile.row_pitch, line) / line | 1) * line;
+  return tile;
+}
+
+// Where a tile lies in the output grid: its first row and column, and how much of it lies inside the grid.
+struct Place {
+  int64_t n, y, x;
+  int64_t rows, columns;
+};
+
+SAFNET_INLINE Place place_of(const TapGrid& grid, int64_t index) {
+  Place p;
+  p.x = index % grid.column_tiles * grid.tile_columns;
+  index /= grid.column_tiles;
+  const int64_t first = index % grid.row_tiles * grid.tile_rows;
+  index /= grid.row_tiles;
+  p.y = index % grid.row_step + first * grid.row_step;
+  p.n = index / grid.row_step;
+  p.rows = p.y < grid.height ? smaller(grid.tile_rows, (grid.height - p.y + grid.row_step - 1) / grid.row_step) : 0;
+  p.columns = smaller(grid.tile_columns, grid.width - p.x);
+  return p;
+}
+
+// Transposes pixels with their channels side by side into one row a channel.
+template <class T, class R>
+SAFNET_INLINE void gather_channels(const T* source, int64_t pixel_stride, int64_t pixels, int64_t channels, R* out,
+                                   int64_t out_channel) {
+  constexpr int kSide = 8;
+  int64_t x = 0;
+  for (; x + kSide <= pixels; x += kSide) {
+    int64_t c = 0;
+    for (; c + kSide <= channels; c += kSide) {
+      R square[kSide][kSide];
+      for (int i = 0; i < kSide; ++i)
+        for (int j = 0; j < kSide; ++j) square[j][i] = load(source[(x + i) * pixel_stride + c + j]);
+      for (int j = 0; j < kSide; ++j)
+        for (int i = 0; i < kSide; ++i) out[(c + j) * out_channel + x + i] = square[j][i];
+    }
+    for (; c < channels; ++c)
+      for (int i = 0; i < kSide; ++i) out[c * out_channel + x + i] = load(source[(x + i) * pixel_stride + c]);
+  }
+  for (; x < pixels; ++x)
+    for (int64_t c = 0; c < channels; ++c) out[c * out_channel + x] = load(source[x * pixel_stride + c]);
+}
+
+// The inverse: rows[c] becomes channel c.
+template <class T, class R>
+SAFNET_INLINE void scatter_channels(const R* const* rows, int64_t pixels, int64_t channels, T* out, int64_t pixel_stride) {
+  constexpr int kSide = 8;
+  int64_t x = 0;
+  for (; x + kSide <= pixels; x += kSide) {
+    int64_t c = 0;
+    for (; c + kSide <= channels; c += kSide) {
+      R square[kSide][kSide];
+      for (int j = 0; j < kSide; ++j)
+        for (int i = 0; i < kSide; ++i) square[i][j] = rows[c + j][x + i];
+      for (int i = 0; i < kSide; ++i)
+        for (int j = 0; j < kSide; ++j) store(square[i][j], out[(x + i) * pixel_stride + c + j]);
+    }
+    for (; c < channels; ++c)
+      for (int i = 0; i < kSide; ++i) store(rows[c][x + i], out[(x + i) * pixel_stride + c]);
+  }
+  for (; x < pixels; ++x)
+    for (int64_t c = 0; c < channels; ++c) store(rows[c][x], out[x * pixel_stride + c]);
+}
+
+SAFNET_INLINE bool channels_inside(const View& view) { return view.stride[1] == 1 && view.size[1] > 1; }
+
+// A run of pixels of one picture row, `step` apart.
+struct Run {
+  int64_t n, y, x, step, pixels;
+};
+
+// Reads channels [first, first + channels) of a run into one row a channel.
+template <class T, class R>
+SAFNET_INLINE void load_channels(const View& view, const Run& run, int64_t first, int64_t channels, R* out, int64_t out_channel) {
+  const T* source = row<T>(view, run.n, first, run.y) + run.x * view.stride[3];
+  const int64_t stride = run.step * view.stride[3];
+  if (channels_inside(view)) return gather_channels(source, stride, run.pixels, channels, out, out_channel);
+  for (int64_t c = 0; c < channels; ++c)
+    load_row(source + c * view.stride[1], stride, static_cast<int>(run.pixels), out + c * out_channel);
+}
+
+// Writes rows[c] to channel first + c * channel_step of a run.
+template <class T, class R>
+SAFNET_INLINE void store_channels(const R* const* rows, int64_t channels, const View& view, const Run& run, int64_t first,
+                                  int64_t channel_step) {
+  T* out = row<T>(view, run.n, first, run.y) + run.x * view.stride[3];
+  const int64_t stride = run.step * view.stride[3];
+  if (channels_inside(view) && channel_step == 1) return scatter_channels(rows, run.pixels, channels, out, stride);
+  for (int64_t c = 0; c < channels; ++c)
+    store_row(rows[c], static_cast<int>(run.pixels), out + c * channel_step * view.stride[1], stride);
+}
+
+// Packs channels [first, first + channels) of one tile's input, zeros where it leaves the picture.
+template <class T, class R>
+SAFNET_INLINE void pack_tile(const View& input, const TapGrid& grid, const TileLayout& tile, const Place& place, int64_t first,
+                             int64_t channels, R* packed) {
+  const int64_t stride = grid.in_stride, width = input.size[3];
+  for (int64_t slot = 0; slot < tile.slots; ++slot) {
+    const int64_t y = place.y * stride + tile.slot_row[slot];
+    for (int64_t phase = 0; phase < tile.phases; ++phase) {
+      // Columns [begin, end) of the packed row lie in the picture: 0 <= x + column * stride < width.
+      const int64_t x = place.x * stride + tile.first_column[phase];
+      int64_t begin = x >= 0 ? 0 : (stride - 1 - x) / stride, end = x >= width ? 0 : (width - x + stride - 1) / stride;
+      if (y < 0 || y >= input.size[2]) end = 0;
+      begin = smaller(begin, tile.row_pitch), end = larger(begin, smaller(end, tile.row_pitch));
+      R* out = packed + (slot * tile.phases + phase) * tile.row_pitch;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < begin; ++i) out[c * tile.channel_pitch + i] = 0;
+        for (int64_t i = end; i < tile.row_pitch; ++i) out[c * tile.channel_pitch + i] = 0;
+      }
+      if (begin == end) continue;
+      const Run run{place.n, y, x + begin * stride, stride, end - begin};
+      load_channels<T>(input, run, first, channels, out + begin, tile.channel_pitch);
+    }
+  }
+}
+
+// Sums of one tile: [channel][row][column].
+template <class R>
+struct Sums {
+  R* data;
+  int64_t channel, row;  // distances
+};
+
+// All output channels of one group for one tile, from its packed input and weights.
+template <class R>
+SAFNET_INLINE void convolve_tile(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* packed,
+                                 int64_t channels_in, int64_t channels_out, const R* weights, const R* bias, Sums<R> sums) {
+  const int64_t part = channels_at_once(channels_in);
+  const int64_t vectors = (place.columns + kLanes<R> - 1) / kLanes<R>;
+  Strip<R> s;
+  s.in_channel = tile.channel_pitch;
+  s.taps = grid.taps;
+  s.out_channel = sums.channel;
+  for (int64_t j = 0; j < place.rows; ++j) {
+    s.offset = tile.offset[j];
+    for (int64_t v = 0; v < vectors; v += strip_vectors(vectors - v)) {
+      for (int64_t c = 0; c < channels_in; c += part) {
+        s.in = packed + c * tile.channel_pitch + v * kLanes<R>;
+        s.channels = smaller(part, channels_in - c);
+        for (int64_t o = 0; o < channels_out; o += block_channels(channels_out - o)) {
+          const int64_t block = block_channels(channels_out - o);
+          s.weights = weights + (o * channels_in + c * block) * grid.taps;
+          s.start = c == 0 ? bias + o : nullptr;
+          s.out = sums.data + o * sums.channel + j * sums.row + v * kLanes<R>;
+          multiply_add(s, block, strip_vectors(vectors - v));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace safnet::SAFNET_ISA

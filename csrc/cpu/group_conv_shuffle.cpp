@@ -1,0 +1,563 @@
+// group_conv_shuffle on the CPU: 3x3 grouped convolution + bias + residual + PReLU + channel shuffle, and its gradients.
+//
+// The gradient of the input is the same convolution with transposed weights, one for each phase of the stride. The gradient of the
+// weights is a correlation of the same packed tiles. Sums over pixels are cut into a number of parts that depends on the shapes
+// alone and are added in order, so that results do not depend on the number of threads.
+
+#include "cpu/convolution.h"
+#include "cpu/kernel.h"
+
+namespace safnet {
+
+struct ConvolutionArguments {
+  TapGrid grid;
+  View input, weight, out;
+  View residual, preactivation;  // of the output's shape; no data where absent
+  const void *bias, *slope;      // one per output channel; null where absent
+  int64_t bias_stride, slope_stride;
+  void* packed;                        // weights in the order in which the loop reads them
+  int64_t groups;                      // of channels_in input and channels_out output channels each
+  int64_t channels_in, channels_out;
+  bool transposed;                     // exchange the weight's two channel dimensions
+  bool shuffled;                       // write output channels in shuffled order
+  int64_t out_stride, out_y, out_x;    // grid position (y, x) is written to out_stride * (y, x) + (out_y, out_x)
+  Type type;
+};
+
+// The gradient before the activation, in the convolution's channel order, and its sums.
+struct ActivationGradientArguments {
+  View grad, preactivation, out;  // no preactivation: no activation; no out: only the sums are wanted
+  const void* slope;
+  int64_t slope_stride;
+  double* sums;  // (parts, channels, 2): for bias and slope
+  int64_t groups, rows_per_part;
+  Type type;
+};
+
+struct WeightGradientArguments {
+  TapGrid grid;
+  View input, grad;  // grad: before the activation, in the convolution's channel order
+  void* partial;     // (parts, weights)
+  void* out;         // contiguous
+  int64_t groups, channels_in, channels_out, tiles, parts;
+  Type type;
+};
+
+SAFNET_DECLARE(conv_pack_weights, const ConvolutionArguments&, int64_t, int64_t)
+SAFNET_DECLARE(conv_tiles, const ConvolutionArguments&, int64_t, int64_t)
+SAFNET_DECLARE(conv_activation_gradient, const ActivationGradientArguments&, int64_t, int64_t)
+SAFNET_DECLARE(conv_weight_gradient, const WeightGradientArguments&, int64_t, int64_t)
+SAFNET_DECLARE(conv_reduce_weight_gradient, const WeightGradientArguments&, int64_t, int64_t)
+
+#define SAFNET_DISPATCH_TYPE(type, kernel, ...)                       \
+  switch (type) {                                                     \
+    case Type::kFloat32: return kernel<float>(__VA_ARGS__);           \
+    case Type::kFloat64: return kernel<double>(__VA_ARGS__);          \
+    case Type::kFloat16: return kernel<Half>(__VA_ARGS__);            \
+    case Type::kBFloat16: return kernel<BFloat16>(__VA_ARGS__);       \
+  }
+
+}  // namespace safnet
+
+namespace safnet::SAFNET_ISA {
+namespace {
+
+// Packs the weights of input channels [begin, end) of every group: [group][block of output channels][channel][tap][in block].
+template <class T>
+void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  R* packed = static_cast<R*>(a.packed);
+  const View& w = a.weight;
+  const int64_t taps = a.grid.taps;
+  for (int64_t g = 0; g < a.groups; ++g)
+    for (int64_t o = 0, block; o < a.channels_out; o += block) {
+      block = block_channels(a.channels_out - o);
+      for (int64_t c = begin; c < end; ++c) {
+        R* to = packed + ((g * a.channels_out + o) * a.channels_in + c * block) * taps;
+        for (int64_t t = 0; t < taps; ++t)
+          for (int64_t m = 0; m < block; ++m) {
+            const int64_t first = a.transposed ? g * a.channels_in + c : g * a.channels_out + o + m;
+            const int64_t second = a.transposed ? o + m : c;
+            const int64_t at = a.grid.tap[t].weight;
+            to[t * block + m] = load(row<T>(w, first, second, at / 3)[at % 3 * w.stride[3]]);
+          }
+      }
+    }
+}
+
+// Memory of one thread for the sums of one tile, and for what is stored from them.
+template <class R>
+struct Workspace {
+  Sums<R> sums;
+  R* extra;            // one row of every channel
+  const R** rows;      // rows of sums in the order of the output's channels
+  const R** in_order;  // rows of sums in the convolution's order
+};
+
+// Adds the residual, applies the activation and writes channels [first, first + channels) of one tile.
+template <class T, class R>
+SAFNET_INLINE void finish_tile(const ConvolutionArguments& a, const Place& place, const Workspace<R>& work, int64_t first,
+                               int64_t channels) {
+  const int64_t pitch = work.sums.row;
+  const bool one_group = channels == a.channels_out;
+  for (int64_t j = 0; j < place.rows; ++j) {
+    const Run run{place.n, (place.y + j * a.grid.row_step) * a.out_stride + a.out_y, place.x * a.out_stride + a.out_x,
+                  a.out_stride, place.columns};
+    R* const values = work.sums.data + j * pitch;
+    for (int64_t c = 0; c < channels; ++c) {
+      // In shuffled order channel c of the output is channel c / groups of group c % groups.
+      const int64_t source = a.shuffled && !one_group ? c % a.groups * a.channels_out + c / a.groups : c;
+      work.rows[c] = values + source * work.sums.channel;
+      work.in_order[c] = values + c * work.sums.channel;
+    }
+    if (a.residual.data != nullptr) {
+      load_channels<T>(a.residual, run, first, channels, work.extra, pitch);
+      for (int64_t c = 0; c < channels; ++c) {
+        R* sum = values + c * work.sums.channel;
+        for (int64_t i = 0; i < place.columns; ++i) sum[i] += work.extra[c * pitch + i];
+      }
+    }
+    if (a.preactivation.data != nullptr) store_channels<T>(work.in_order, channels, a.preactivation, run, first, 1);
+    if (a.slope != nullptr)
+      for (int64_t c = 0; c < channels; ++c) {
+        const R slope = load(static_cast<const T*>(a.slope)[(first + c) * a.slope_stride]);
+        R* sum = values + c * work.sums.channel;
+        for (int64_t i = 0; i < place.columns; ++i) sum[i] = sum[i] > 0 ? sum[i] : sum[i] * slope;
+      }
+    if (a.shuffled && one_group) store_channels<T>(work.rows, channels, a.out, run, first / channels, a.groups);
+    else store_channels<T>(work.rows, channels, a.out, run, first, 1);
+  }
+}
+
+template <class T>
+void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  const TapGrid& grid = a.grid;
+  const TileLayout tile = lay_out<R>(grid);
+  const int64_t all_channels = a.groups * a.channels_out;
+  // Channels inside: the groups of a pixel are written together, or every line of memory would be written once a group.
+  const bool together = channels_inside(a.out);
+  const int64_t held = together ? all_channels : a.channels_out;
+  const int64_t pitch = round_up(grid.tile_columns, kLanes<R>);
+  const Scratch<R> packed(a.channels_in * tile.channel_pitch), sums(held * grid.tile_rows * pitch), extra(held * pitch);
+  const Scratch<R> bias(all_channels);
+  const Scratch<const R*> rows(2 * held);
+  for (int64_t c = 0; c < all_channels; ++c)
+    bias.data()[c] = a.bias == nullptr ? R(0) : load(static_cast<const T*>(a.bias)[c * a.bias_stride]);
+  Workspace<R> work{{sums.data(), grid.tile_rows * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
+  for (int64_t index = begin; index < end; ++index) {
+    const Place place = place_of(grid, index);
+    if (place.rows <= 0) continue;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      pack_tile<T>(a.input, grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
+      const R* weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * grid.taps;
+      Sums<R> part = work.sums;
+      if (together) part.data += g * a.channels_out * part.channel;
+      convolve_tile(grid, tile, place, packed.data(), a.channels_in, a.channels_out, weights,
+                    bias.data() + g * a.channels_out, part);
+      if (!together) finish_tile<T>(a, place, work, g * a.channels_out, a.channels_out);
+    }
+    if (together) finish_tile<T>(a, place, work, 0, all_channels);
+  }
+}
+
+// Sum of a run of numbers: vectors first, so that the order is fixed.
+template <class R>
+SAFNET_INLINE double sum_of(const R* values, int64_t count) {
+  Vector<R> lanes{};
+  int64_t i = 0;
+  for (; i + kLanes<R> <= count; i += kLanes<R>) lanes += vector_at(values + i);
+  double sum = 0;
+  for (int lane = 0; lane < kLanes<R>; ++lane) sum += static_cast<double>(lanes[lane]);
+  for (; i < count; ++i) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
+template <class T>
+void activation_gradient(const ActivationGradientArguments& a, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  constexpr int64_t kPixels = 64;
+  const int64_t channels = a.grad.size[1], height = a.grad.size[2], width = a.grad.size[3];
+  const int64_t parts = (height + a.rows_per_part - 1) / a.rows_per_part, group = channels / a.groups;
+  const Scratch<R> grads(channels * kPixels), values(channels * kPixels), products(kPixels);
+  const Scratch<const R*> rows(channels);
+  for (int64_t c = 0; c < channels; ++c)  // channel c of the convolution was written to channel c % group * groups + c / group
+    rows.data()[c] = grads.data() + (c % group * a.groups + c / group) * kPixels;
+  for (int64_t part = begin; part < end; ++part) {
+    double* sums = a.sums + part * channels * 2;
+    for (int64_t i = 0; i < 2 * channels; ++i) sums[i] = 0;
+    const int64_t n = part / parts, first = part % parts * a.rows_per_part;
+    for (int64_t y = first; y < smaller(first + a.rows_per_part, height); ++y)
+      for (int64_t x = 0; x < width; x += kPixels) {
+        const Run run{n, y, x, 1, smaller(kPixels, width - x)};
+        load_channels<T>(a.grad, run, 0, channels, grads.data(), kPixels);
+        if (a.preactivation.data != nullptr) load_channels<T>(a.preactivation, run, 0, channels, values.data(), kPixels);
+        for (int64_t c = 0; c < channels; ++c) {
+          R* grad = const_cast<R*>(rows.data()[c]);
+          if (a.preactivation.data != nullptr) {
+            const R slope = load(static_cast<const T*>(a.slope)[c * a.slope_stride]);
+            const R* value = values.data() + c * kPixels;
+            for (int64_t i = 0; i < run.pixels; ++i) products.data()[i] = value[i] > 0 ? R(0) : grad[i] * value[i];
+            for (int64_t i = 0; i < run.pixels; ++i) grad[i] = value[i] > 0 ? grad[i] : grad[i] * slope;
+            sums[2 * c + 1] += sum_of(products.data(), run.pixels);
+          }
+          sums[2 * c] += sum_of(grad, run.pixels);
+        }
+        if (a.out.data != nullptr) store_channels<T>(rows.data(), channels, a.out, run, 0, 1);
+      }
+  }
+}
+
+// The tile of a gradient that a tile of inputs is correlated with: [channel][row][column].
+template <class R>
+struct GradientTile {
+  const R* data;
+  int64_t channel, row;
+};
+
+// sums[m][t] += sum over rows j and columns x of grad[m][j][x] * in[offset[j][t] + x], for M channels and N taps.
+template <class R, int M, int N>
+SAFNET_INLINE void correlate(const TileLayout& tile, const Place& place, const R* in, int first_tap, const GradientTile<R>& grad,
+                             R sums[M][N]) {
+  Vector<R> sum[M][N] = {};
+  const int64_t whole = place.columns / kLanes<R> * kLanes<R>;
+  for (int64_t j = 0; j < place.rows; ++j) {
+    const R* pixels[N];
+    for (int t = 0; t < N; ++t) pixels[t] = in + tile.offset[j][first_tap + t];
+    const R* grads = grad.data + j * grad.row;
+    for (int64_t x = 0; x < whole; x += kLanes<R>) {
+      Vector<R> p[N];
+      for (int t = 0; t < N; ++t) p[t] = vector_at(pixels[t] + x);
+      for (int m = 0; m < M; ++m) {
+        const Vector<R> g = vector_at(grads + m * grad.channel + x);
+        for (int t = 0; t < N; ++t) sum[m][t] += g * p[t];
+      }
+    }
+    if (whole == place.columns) continue;
+    // Beyond the last column the gradient is packed as 0; the pixels must be 0 too, for 0 times infinity is not.
+    for (int t = 0; t < N; ++t) {
+      R last[kLanes<R>];
+      for (int64_t i = 0; i < kLanes<R>; ++i) last[i] = whole + i < place.columns ? pixels[t][whole + i] : R(0);
+      const Vector<R> p = vector_at(last);
+      for (int m = 0; m < M; ++m) sum[m][t] += vector_at(grads + m * grad.channel + whole) * p;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int t = 0; t < N; ++t) {
+      R total = 0;
+      for (int lane = 0; lane < kLanes<R>; ++lane) total += sum[m][t][lane];
+      sums[m][t] += total;
+    }
+}
+
+template <class R, int M, int N>
+__attribute__((noinline)) void correlate_block(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
+                                               int first_tap, const GradientTile<R>& grad, R* out, int64_t out_channel) {
+  R sums[M][N] = {};
+  correlate<R, M, N>(tile, place, in, first_tap, grad, sums);
+  for (int m = 0; m < M; ++m)
+    for (int t = 0; t < N; ++t) out[m * out_channel + grid.tap[first_tap + t].weight] += sums[m][t];
+}
+
+template <class R, int M>
+SAFNET_INLINE void correlate_taps(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
+                                  const GradientTile<R>& grad, R* out, int64_t out_channel) {
+  int t = 0;
+  for (; t + 3 <= grid.taps; t += 3) correlate_block<R, M, 3>(grid, tile, place, in, t, grad, out, out_channel);
+  for (; t < grid.taps; ++t) correlate_block<R, M, 1>(grid, tile, place, in, t, grad, out, out_channel);
+}
+
+// Correlates every input channel with every output channel of one group over one tile.
+template <class R>
+SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLayout& tile, const Place& place, const R* packed,
+                                  GradientTile<R> grad, R* out) {
+  const int64_t out_channel = a.channels_in * 9, distance = grad.channel;
+  for (int64_t o = 0, block; o < a.channels_out; o += block, grad.data += block * distance) {
+    const int64_t left = a.channels_out - o;
+    block = left >= 4 ? 4 : left;
+    for (int64_t c = 0; c < a.channels_in; ++c) {
+      const R* in = packed + c * tile.channel_pitch;
+      R* to = out + o * out_channel + c * 9;
+      switch (block) {
+        case 1: correlate_taps<R, 1>(a.grid, tile, place, in, grad, to, out_channel); break;
+        case 2: correlate_taps<R, 2>(a.grid, tile, place, in, grad, to, out_channel); break;
+        case 3: correlate_taps<R, 3>(a.grid, tile, place, in, grad, to, out_channel); break;
+        default: correlate_taps<R, 4>(a.grid, tile, place, in, grad, to, out_channel);
+      }
+    }
+  }
+}
+
+template <class T>
+void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  const TileLayout tile = lay_out<R>(a.grid);
+  const int64_t pitch = round_up(a.grid.tile_columns, kLanes<R>), channel = a.grid.tile_rows * pitch;
+  const int64_t group_weights = a.channels_out * a.channels_in * 9, weights = a.groups * group_weights;
+  const Scratch<R> packed(a.channels_in * tile.channel_pitch), grads(a.channels_out * channel);
+  for (int64_t part = begin; part < end; ++part) {
+    R* out = static_cast<R*>(a.partial) + part * weights;
+    for (int64_t i = 0; i < weights; ++i) out[i] = 0;
+    for (int64_t index = a.tiles * part / a.parts; index < a.tiles * (part + 1) / a.parts; ++index) {
+      const Place place = place_of(a.grid, index);
+      if (place.rows <= 0) continue;
+      for (int64_t g = 0; g < a.groups; ++g) {
+        pack_tile<T>(a.input, a.grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
+        for (int64_t j = 0; j < place.rows; ++j) {
+          const Run run{place.n, place.y + j * a.grid.row_step, place.x, 1, place.columns};
+          load_channels<T>(a.grad, run, g * a.channels_out, a.channels_out, grads.data() + j * pitch, channel);
+          for (int64_t o = 0; o < a.channels_out; ++o)
+            for (int64_t i = place.columns; i < pitch; ++i) grads.data()[o * channel + j * pitch + i] = 0;
+        }
+        correlate_tile<R>(a, tile, place, packed.data(), {grads.data(), channel, pitch}, out + g * group_weights);
+      }
+    }
+  }
+}
+
+// Adds the parts of weights [begin, end), in order.
+template <class T>
+void reduce_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  const R* partial = static_cast<const R*>(a.partial);
+  const int64_t weights = a.groups * a.channels_out * a.channels_in * 9;
+  for (int64_t i = begin; i < end; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < a.parts; ++part) sum += static_cast<double>(partial[part * weights + i]);
+    store(static_cast<R>(sum), static_cast<T*>(a.out)[i]);
+  }
+}
+
+}  // namespace
+
+void conv_pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH_TYPE(a.type, pack_weights, a, begin, end);
+}
+void conv_tiles(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH_TYPE(a.type, convolve, a, begin, end);
+}
+void conv_activation_gradient(const ActivationGradientArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH_TYPE(a.type, activation_gradient, a, begin, end);
+}
+void conv_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH_TYPE(a.type, weight_gradient, a, begin, end);
+}
+void conv_reduce_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH_TYPE(a.type, reduce_weight_gradient, a, begin, end);
+}
+
+}  // namespace safnet::SAFNET_ISA
+
+#if SAFNET_HOST
+
+#include "cpu/tensors.h"
+
+namespace safnet {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+
+int64_t tile_count(const TapGrid& grid, int64_t pictures) {
+  return pictures * grid.row_step * grid.row_tiles * grid.column_tiles;
+}
+
+// Cuts the grid into tiles whose packed input and sums fit the second-level cache, from the shapes alone.
+// `channels_in` and `channels_held` are the channels of a tile's input and of its sums.
+void cut_into_tiles(TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_held, Type type) {
+  const int64_t numbers = (288 << 10) / (type == Type::kFloat64 ? 8 : 4);
+  const int64_t rows = divide_up(grid.height, grid.row_step);
+  for (const int64_t widest : {96, 48}) {  // multiples of the strip widths of all instruction sets
+    grid.column_tiles = divide_up(grid.width, widest);
+    grid.tile_columns = divide_up(divide_up(grid.width, grid.column_tiles), 24) * 24;
+    const int64_t halo = 2 * channels_in * grid.in_stride;
+    grid.tile_rows = (numbers / grid.tile_columns - halo) / (channels_in * grid.in_stride * grid.in_stride + channels_held);
+    if (grid.tile_rows >= 4) break;
+  }
+  grid.tile_rows = std::clamp<int64_t>(grid.tile_rows, 1, std::min<int64_t>(kMostTileRows, rows));
+  constexpr int64_t kEnoughTiles = 16;  // to occupy several threads
+  while (grid.tile_rows > 2 && pictures * grid.row_step * grid.column_tiles * divide_up(rows, grid.tile_rows) < kEnoughTiles)
+    grid.tile_rows = divide_up(grid.tile_rows, 2);
+  grid.row_tiles = divide_up(rows, grid.tile_rows);
+  grid.tile_rows = divide_up(rows, grid.row_tiles);
+}
+
+// Adds a tap unless it reads outside the picture wherever the output lies.
+void add_tap(TapGrid& grid, int64_t in_height, int64_t in_width, Tap tap) {
+  const auto reaches = [&](int64_t distance, int64_t outputs, int64_t inputs) {
+    return distance < inputs && distance + (outputs - 1) * grid.in_stride >= 0;
+  };
+  if (reaches(tap.dy, grid.height, in_height) && reaches(tap.dx, grid.width, in_width)) grid.tap[grid.taps++] = tap;
+}
+
+TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t dilation) {
+  TapGrid grid{};
+  grid.in_stride = stride;
+  grid.height = out.size[2], grid.width = out.size[3];
+  grid.row_step = dilation / greatest_common_divisor(dilation, stride);
+  grid.row_step = std::min(grid.row_step, grid.height);
+  for (int64_t i = 0; i < 9; ++i)
+    add_tap(grid, input.size[2], input.size[3], {(i / 3 - 1) * dilation, (i % 3 - 1) * dilation, i});
+  return grid;
+}
+
+// Runs a convolution whose arguments are complete but for the tiles and the packed weights.
+void run(ConvolutionArguments& a) {
+  const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
+  cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out, a.type);
+  const int64_t weights = a.groups * a.channels_out * a.channels_in * a.grid.taps;
+  const Tensor packed = empty({weights}, a.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  a.packed = packed.data_ptr();
+  const auto split = [&](auto* kernel, int64_t count, int64_t grain) {
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  };
+  split(SAFNET_KERNEL(conv_pack_weights), a.channels_in, std::max<int64_t>(1, kPixelsPerTask * a.channels_in / (weights + 1)));
+  split(SAFNET_KERNEL(conv_tiles), tile_count(a.grid, a.input.size[0]), 1);
+}
+
+bool is_empty(const View& view) { return view.size[0] * view.size[1] * view.size[2] * view.size[3] == 0; }
+
+std::tuple<Tensor, Tensor> group_conv_shuffle(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                              std::optional<Tensor> prelu_weight, std::optional<Tensor> residual, int64_t groups,
+                                              int64_t stride, int64_t dilation, bool save_preactivation) {
+  const std::vector<int64_t> size{input.size(0), weight.size(0), divide_up(input.size(2), stride),
+                                  divide_up(input.size(3), stride)};
+  const ScalarType type = input.scalar_type();
+  Tensor out = empty(size, type, is_channels_last(input));
+  Tensor preactivation = save_preactivation ? empty(size, type, is_channels_last(input)) : empty({0}, type);
+  ConvolutionArguments a{};
+  a.input = view(input), a.weight = view(weight), a.out = view(out), a.residual = view(residual);
+  if (save_preactivation) a.preactivation = view(preactivation);
+  if (bias) a.bias = bias->data_ptr(), a.bias_stride = bias->stride(0);
+  if (prelu_weight) a.slope = prelu_weight->data_ptr(), a.slope_stride = prelu_weight->stride(0);
+  a.groups = groups, a.channels_in = input.size(1) / groups, a.channels_out = weight.size(0) / groups;
+  a.shuffled = groups > 1;
+  a.out_stride = 1;
+  a.type = type_of(input);
+  if (!is_empty(a.out)) {
+    a.grid = forward_grid(a.input, a.out, stride, dilation);
+    run(a);
+  }
+  return {out, preactivation};
+}
+
+// The gradient of the input: for every phase of the stride a convolution of the gradient with some of the weights.
+void input_gradient(const View& grad, const Tensor& weight, const Tensor& grad_input, int64_t groups, int64_t stride,
+                    int64_t dilation) {
+  ConvolutionArguments a{};
+  a.input = grad, a.weight = view(weight), a.out = view(grad_input);
+  a.groups = groups, a.channels_in = grad.size[1] / groups, a.channels_out = a.out.size[1] / groups;
+  a.transposed = true;
+  a.out_stride = stride;
+  a.type = type_of(grad_input);
+  for (a.out_y = 0; a.out_y < std::min(stride, a.out.size[2]); ++a.out_y)
+    for (a.out_x = 0; a.out_x < std::min(stride, a.out.size[3]); ++a.out_x) {
+      TapGrid grid{};
+      grid.in_stride = 1;
+      grid.height = divide_up(a.out.size[2] - a.out_y, stride), grid.width = divide_up(a.out.size[3] - a.out_x, stride);
+      grid.row_step = std::min(dilation / greatest_common_divisor(dilation, stride), grid.height);
+      for (int64_t i = 0; i < 9; ++i) {
+        const int64_t y = a.out_y - (i / 3 - 1) * dilation, x = a.out_x - (i % 3 - 1) * dilation;
+        if (y % stride == 0 && x % stride == 0) add_tap(grid, grad.size[2], grad.size[3], {y / stride, x / stride, i});
+      }
+      a.grid = grid;
+      if (grid.taps > 0) run(a);
+    }
+}
+
+void weight_gradient(const View& input, const View& grad, const Tensor& grad_weight, int64_t groups, int64_t stride,
+                     int64_t dilation) {
+  WeightGradientArguments a{};
+  a.input = input, a.grad = grad;
+  a.groups = groups, a.channels_in = input.size[1] / groups, a.channels_out = grad.size[1] / groups;
+  a.type = type_of(grad_weight);
+  a.out = grad_weight.data_ptr();
+  a.grid = forward_grid(input, grad, stride, dilation);
+  cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.type);
+  a.tiles = tile_count(a.grid, input.size[0]);
+  const int64_t weights = grad_weight.numel();
+  // Enough parts for many threads, in at most 4 million numbers.
+  a.parts = std::clamp<int64_t>((4 << 20) / weights, 1, std::min<int64_t>(a.tiles, 64));
+  const Tensor partial = empty({a.parts, weights}, a.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  a.partial = partial.data_ptr();
+  torch::stable::parallel_for(0, a.parts, 1,
+                              [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_weight_gradient)(a, begin, end); });
+  torch::stable::parallel_for(0, weights, kPixelsPerTask,
+                              [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_reduce_weight_gradient)(a, begin, end); });
+}
+
+void set(const Tensor& vector, int64_t index, double value) {
+  void* data = vector.data_ptr();
+  switch (type_of(vector)) {
+    case Type::kFloat32: return store(static_cast<float>(value), static_cast<float*>(data)[index]);
+    case Type::kFloat64: return store(value, static_cast<double*>(data)[index]);
+    case Type::kFloat16: return store(static_cast<float>(value), static_cast<Half*>(data)[index]);
+    case Type::kBFloat16: return store(static_cast<float>(value), static_cast<BFloat16*>(data)[index]);
+  }
+}
+
+// Fills `out` (if it has elements) with the gradient before the activation, and the gradients of bias and slope with its sums.
+void activation_gradient(const Tensor& grad, const Tensor& preactivation, const std::optional<Tensor>& slope, const Tensor& out,
+                         const Tensor& grad_bias, const Tensor& grad_slope, int64_t groups) {
+  ActivationGradientArguments a{};
+  a.grad = view(grad);
+  if (slope) a.preactivation = view(preactivation), a.slope = slope->data_ptr(), a.slope_stride = slope->stride(0);
+  if (out.dim() == 4) a.out = view(out);
+  a.groups = groups;
+  a.type = type_of(grad);
+  const int64_t channels = grad.size(1);
+  a.rows_per_part = std::max<int64_t>(1, kPixelsPerTask / grad.size(3));
+  const int64_t parts = grad.size(0) * divide_up(grad.size(2), a.rows_per_part);
+  std::vector<double> sums(static_cast<size_t>(parts * channels * 2));
+  a.sums = sums.data();
+  torch::stable::parallel_for(0, parts, 1,
+                              [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_activation_gradient)(a, begin, end); });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < channels * 2; ++i) sums[i] += sums[part * channels * 2 + i];
+  const auto write = [&](const Tensor& to, int64_t which) {
+    for (int64_t c = 0; c < to.numel(); ++c) set(to, c, sums[2 * c + which]);
+  };
+  write(grad_bias, 0);
+  write(grad_slope, 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_conv_shuffle_backward(
+    Tensor grad, Tensor preactivation, Tensor input, Tensor weight, std::optional<Tensor> prelu_weight, int64_t groups,
+    int64_t stride, int64_t dilation, int64_t needs, bool /*deterministic: these kernels always are*/) {
+  const auto needed = [needs](int position) { return (needs >> position & 1) != 0; };
+  const ScalarType type = input.scalar_type();
+  const int64_t channels = weight.size(0);
+  const auto vector_gradient = [&](bool wanted) { return empty({wanted ? channels : 0}, type); };
+  const std::vector<int64_t> out_size{grad.size(0), grad.size(1), grad.size(2), grad.size(3)};
+  const std::vector<int64_t> weight_size{weight.size(0), weight.size(1), 3, 3};
+  Tensor grad_input = zero_gradient(input, needed(0));
+  Tensor grad_weight = needed(1) ? empty(weight_size, type) : empty({0}, type);
+  Tensor grad_bias = vector_gradient(needed(2)), grad_slope = vector_gradient(needed(3));
+  Tensor grad_residual = needed(4) ? empty(out_size, type, is_channels_last(input)) : empty({0}, type);
+  if (grad.numel() == 0 || input.numel() == 0 || weight.numel() == 0) {
+    for (Tensor* result : {&grad_weight, &grad_bias, &grad_slope, &grad_residual}) torch::stable::zero_(*result);
+    return {grad_input, grad_weight, grad_bias, grad_slope, grad_residual};
+  }
+  // Before activation and shuffle the gradient is that of the residual; with neither it is the one that came.
+  const bool as_it_came = !prelu_weight && groups == 1;
+  Tensor inner = grad_residual;
+  if (!needed(4) && !as_it_came && (needed(0) || needed(1))) inner = empty(out_size, type, is_channels_last(input));
+  if (inner.dim() == 4 || needed(2) || needed(3))
+    activation_gradient(grad, preactivation, prelu_weight, inner, grad_bias, grad_slope, groups);
+  const View inner_view = as_it_came ? view(grad) : inner.dim() == 4 ? view(inner) : View{};
+  if (needed(0)) input_gradient(inner_view, weight, grad_input, groups, stride, dilation);
+  if (needed(1)) weight_gradient(view(input), inner_view, grad_weight, groups, stride, dilation);
+  return {grad_input, grad_weight, grad_bias, grad_slope, grad_residual};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(safnet_ops, CPU, m) {
+  m.impl("group_conv_shuffle", TORCH_BOX(&group_conv_shuffle));
+  m.impl("group_conv_shuffle_backward", TORCH_BOX(&group_conv_shuffle_backward));
+}
+
+}  // namespace safnet
+
+#endif  // SAFNET_HOST
