@@ -1,4 +1,4 @@
-"""Test configuration: the package and the shared test tools on the path, and a random generator that is the same in every run."""
+"""Test configuration: paths of the package and of the shared tools, and a random generator that is the same in every run."""
 
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import ptxsim
 import pytest
-from support import KERNELS, entry, marker_line, needs_nvcc
+from ptx_support import KERNELS, entry, marker_line, needs_nvcc
 
 F = np.float32
 

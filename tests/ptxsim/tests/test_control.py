@@ -3,8 +3,8 @@
 import numpy as np
 import ptxsim
 import pytest
+from ptx_support import HEADER, entry
 from ptxsim import Module
-from support import HEADER, entry
 
 
 def run(body, n=64, **kw):

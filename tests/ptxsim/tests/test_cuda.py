@@ -6,7 +6,7 @@ import math
 import numpy as np
 import ptxsim
 import pytest
-from support import KERNELS, needs_nvcc
+from ptx_support import KERNELS, needs_nvcc
 from test_arith import bf16, widen
 
 pytestmark = needs_nvcc

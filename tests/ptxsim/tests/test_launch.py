@@ -5,8 +5,8 @@ import ctypes
 import numpy as np
 import ptxsim
 import pytest
+from ptx_support import HEADER, entry
 from ptxsim import ArgumentError, Module, ParseError, PtxSimError, Unsupported
-from support import HEADER, entry
 
 SCALE = entry(
     "ld.param.f32 %f1, [a]; ld.global.f32 %f2, [%o]; mul.f32 %f2, %f2, %f1; st.global.f32 [%o], %f2;",

@@ -3,8 +3,8 @@
 import numpy as np
 import ptxsim
 import pytest
+from ptx_support import entry
 from ptxsim.sass import expand
-from support import entry
 
 
 def count(body, n=32, size=4096, grid=1):

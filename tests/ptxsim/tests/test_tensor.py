@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from ptx_support import HEADER
 from ptxsim import Module
-from support import HEADER
 from test_arith import bf16, widen
 
 LANE = np.arange(32)

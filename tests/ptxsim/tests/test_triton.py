@@ -4,7 +4,7 @@ import re
 
 import ptxsim
 import pytest
-from support import needs_triton
+from ptx_support import needs_triton
 
 pytestmark = needs_triton
 torch = pytest.importorskip("torch")
