@@ -38,10 +38,10 @@ class BuildExtensions(build_ext):
         if reason:
             self._decide(f"not building the C++ kernels: {reason}; the PyTorch reference will serve all operators")
             self.extensions = []
-            _write_report(self.decisions, reason)
+            _write_report(self.decisions, {"_C": reason})
             return
         self._build_cpu(next(ext for ext in self.extensions if ext.name == "safnet_ops._C"))
-        _write_report(self.decisions, None)
+        _write_report(self.decisions, {})
 
     def _why_not(self) -> str | None:
         if os.environ.get("SAFNET_OPS_BUILD") == "0":
@@ -158,6 +158,6 @@ def _shell(flag: str) -> str:
     return shlex.quote(flag).replace("$", "$$")
 
 
-def _write_report(decisions: list[str], missing: str | None) -> None:
-    """For `python -m safnet_ops.info`: what the build decided, and why the kernels are missing if they are."""
+def _write_report(decisions: list[str], missing: dict[str, str]) -> None:
+    """For `python -m safnet_ops.info`: what the build decided, and why a module was not built."""
     REPORT.write_text(json.dumps({"decisions": decisions, "missing": missing}, indent=1) + "\n")

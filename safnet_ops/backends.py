@@ -8,7 +8,9 @@ the Triton kernels work where nothing was compiled; importing the compiled modul
 import contextlib
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -46,7 +48,7 @@ def load() -> None:
 
 def _load_compiled(backend: str, module: str, key: str) -> None:
     if importlib.util.find_spec(f"safnet_ops.{module}") is None:
-        _missing[backend] = f"safnet_ops.{module} was not built (`python -m safnet_ops.info` tells why)"
+        _missing[backend] = _why_not_built(module)
         return
     try:
         importlib.import_module(f"safnet_ops.{module}")
@@ -55,6 +57,12 @@ def _load_compiled(backend: str, module: str, key: str) -> None:
         return
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     _served[backend] = frozenset(name for name in OPERATORS if has_kernel(f"safnet_ops::{name}", key))
+
+
+def _why_not_built(module: str) -> str:
+    report = Path(__file__).with_name("build_report.json")
+    reason = json.loads(report.read_text())["missing"].get(module) if report.is_file() else None
+    return f"safnet_ops.{module} was not built: {reason or 'pip install was not run on this checkout'}"
 
 
 def _load_triton() -> None:
@@ -70,9 +78,14 @@ def _load_triton() -> None:
         _missing["triton"] = f"triton failed to load: {error}"
 
 
+def serves(operator: str, backend: str) -> bool:
+    """Whether this installation has a kernel of `backend` for `operator`."""
+    return operator in _served.get(backend, frozenset())
+
+
 def why_missing(operator: str, backend: str) -> str | None:
     """The reason why `backend` cannot run `operator`, or None if it can."""
-    if operator in _served.get(backend, frozenset()):
+    if serves(operator, backend):
         return None
     return _missing.get(backend, f"the {backend} backend has no kernel for it")
 
@@ -105,9 +118,9 @@ def choose(operator: str, device: torch.device, backend: str | None) -> str:
         backend = _forced[-1]
     if backend is None:
         preferred = ("cuda", "triton") if device.type == "cuda" else ("cpp",) if device.type == "cpu" else ()
-        return next((name for name in preferred if operator in _served.get(name, frozenset())), "reference")
+        return next((name for name in preferred if serves(operator, name)), "reference")
     _check_name(operator, backend)
-    if backend not in _served or operator not in _served[backend]:
+    if not serves(operator, backend):
         raise RuntimeError(f"{operator}: backend {backend!r} is not available: {why_missing(operator, backend)}")
     if (backend == "cpp" and device.type != "cpu") or (backend == "cuda" and device.type != "cuda"):
         raise RuntimeError(f"{operator}: backend {backend!r} cannot run tensors on device {str(device)!r}")

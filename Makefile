@@ -1,0 +1,46 @@
+# Every target sets up what it needs in .venv: a fresh machine has Python 3.10 or newer, make and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Any release from 2.11 on will do; this range is the one that was tested (2026-11).
+TORCH ?= torch>=2.11,<2.14
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+
+.PHONY: demo test bench lint sanitize gpu clean
+
+# One stamp a set of packages; a change of the build or of the native sources installs again.
+SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+$(VENV)/tools.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --upgrade pip
+	$(RUN) pip install --quiet "$(TORCH)" "setuptools>=77" "ninja>=1.11" "pybind11>=3.0,<4"
+	touch $@
+
+$(VENV)/run.stamp: $(VENV)/tools.stamp $(SOURCES)
+	$(RUN) pip install --quiet --no-build-isolation -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(RUN) pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/run.stamp
+	$(BIN)/safnet fuse examples/bracket -o demo/fused.exr --preview demo/preview.png --inspect demo/steps --overwrite
+	@echo "The HDR picture is demo/fused.exr, a picture to look at demo/preview.png, and how it was made demo/steps/sheet.png"
+
+test: $(VENV)/dev.stamp
+	$(RUN) pytest -m "not slow"
+
+bench: $(VENV)/dev.stamp
+	$(RUN) pip install --quiet -e ".[bench]" --no-build-isolation
+	$(RUN) pytest bench
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(RUN) mypy
+
+clean:
+	rm -rf $(VENV) build demo safnet_ops/*.so safnet_ops/build_report.json
