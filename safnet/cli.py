@@ -1,6 +1,7 @@
 """The `safnet` command."""
 
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def fuse(
         network = _load(model, device)
         if threads is not None:
             torch.set_num_threads(threads)
+        _note_slow_precision(network, precision)
         with _progress_bar() as progress:
             pictures = []
             for number, frame in enumerate(bracket.frames):
@@ -98,6 +100,121 @@ def fuse(
     typer.echo(
         f"{width} x {height}, EV {format_evs(bracket.evs)}, {seconds:.1f} s, peak memory {_peak_memory()}: {output}"
     )
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[
+        Literal["kalantari17", "challenge123", "tel23", "ntire21", "folder"], typer.Option(help="Layout of the scenes.")
+    ],
+    root: Annotated[Path, typer.Option(help="Folder of the data set, or of its scenes.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="safnet, safnet-s, or a weights file; repeatable.", show_default="safnet-s if no method is given"
+        ),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="reference, unaligned, homography or dis, the last three also with +mask; or all; repeatable."
+        ),
+    ] = None,
+    predictions: Annotated[
+        list[Path] | None, typer.Option(help="Folder of another method's SCENE.hdr, .exr or float .tif; repeatable.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, scores.csv, scores.json, and results to resume from.")
+    ] = None,
+    split: Annotated[
+        Literal["Test", "Training"], typer.Option(help="Subfolder of the data set, if it has them.")
+    ] = "Test",
+    export_matlab: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results and truths as .hdr files, and a MATLAB script that scores them."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a scene that cannot be scored.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compute anew what an earlier run left in --save.")] = False,
+    rgbe: Annotated[bool, typer.Option("--rgbe", help="Score results as .hdr files would hold them.")] = False,
+    cvvdp: Annotated[bool, typer.Option("--cvvdp", help="Score with ColorVideoVDP too.")] = False,
+    peak_luminance: Annotated[
+        float, typer.Option(min=1.0, max=10000.0, help="cd/m2 of the value 1, for PU21 and ColorVideoVDP.")
+    ] = 1000.0,
+    ev_error: Annotated[
+        float, typer.Option(min=-2.0, max=2.0, help="Give the methods EVs of the outer frames that are wrong by this.")
+    ] = 0.0,
+    timing_runs: Annotated[int, typer.Option(min=0, help="Timed runs of each model, 0 for none.")] = 5,
+    precision: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Arithmetic of the convolutions.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=0, help="Tile side in pixels, 0 for none.", show_default="1024 above 2 megapixels")
+    ] = None,
+) -> None:
+    """Score models, baselines and other methods' results on a data set, and write a report."""
+    with _one_line_errors():
+        import torch
+        from rich.console import Console
+
+        from safnet.baselines import BASELINES
+        from safnet.datasets import find_scenes
+        from safnet.evaluate import BaselineMethod, Method, ModelMethod, PredictionMethod, Settings, weights_hash
+        from safnet.evaluate import evaluate as score_methods
+        from safnet.matlab import MatlabExport
+        from safnet.report import Run, describe_environment, now, print_tables, write_csv, write_html, write_json
+        from safnet.timing import time_model
+        from safnet.weights import weights_path
+
+        started = now()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        scenes = find_scenes(dataset, root, split)
+        if model is None and not baseline and not predictions:
+            model = ["safnet-s"]
+        models = [
+            ModelMethod(Path(name).stem, _load(name, device), weights_hash(weights_path(name)), precision, tile)
+            for name in model or []
+        ]
+        chosen = [part for name in baseline or [] for part in (BASELINES if name == "all" else [name])]
+        methods: list[Method] = [*models, *(BaselineMethod(name) for name in chosen)]
+        methods += [PredictionMethod(folder.name, folder, scenes) for folder in predictions or []]
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+        settings = Settings(dataset, ev_error, rgbe, cvvdp, peak_luminance, 720 if len(scenes) <= 40 else 480)
+        with _progress_bar() as progress:
+            evaluation = score_methods(
+                scenes,
+                methods,
+                settings,
+                cache=save / "cache" if save else None,
+                fresh=fresh,
+                strict=strict,
+                export=MatlabExport(export_matlab) if export_matlab else None,
+                progress=progress,
+            )
+            readable = [scene for scene in evaluation.scenes if not scene.error]
+            timings = {}
+            for number, method in enumerate(models if readable and timing_runs else []):
+                progress(f"timing {method.name}", number, len(models))
+                size = readable[0].height, readable[0].width
+                timings[method.name] = time_model(
+                    method.model, *size, runs=timing_runs, tile=tile, precision=getattr(torch, precision)
+                )
+        where = next(models[0].model.parameters()).device if models else torch.device("cpu")
+        command = shlex.join(["safnet", *sys.argv[1:]])
+        seconds = (now() - started).total_seconds()
+        run = Run(command, str(root), split, started, seconds, timings, describe_environment(where))
+        if save is not None:
+            write_csv(save / "scores.csv", evaluation)
+            write_json(save / "scores.json", evaluation, run)
+            write_html(save / "report.html", evaluation, run)
+        print_tables(evaluation, run, Console())
+        if not readable or not any(evaluation.mean(method.name).used for method in methods):
+            raise ValueError(f"none of the {len(scenes)} scenes in {root} could be scored")
+    if save is not None:
+        typer.echo(f"{save / 'report.html'}, scores.csv, scores.json")
 
 
 def _check_destinations(
@@ -142,6 +259,16 @@ def _load(name: str, device: str) -> Any:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {error}") from error
+
+
+def _note_slow_precision(network: Any, precision: str) -> None:
+    import torch
+
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if on_cpu and precision != "float32" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        typer.echo(
+            f"note: this CPU has no {precision} arithmetic; emulating it takes far longer than float32", err=True
+        )
 
 
 @contextmanager

@@ -33,8 +33,8 @@ INSPECTION_FILES = tuple(
 def display_curve(radiance: FloatPicture, kind: ToneMap) -> Callable[[FloatPicture], BytePicture]:
     """A tone map for linear pictures like `radiance` (H, W, 3), as a function from linear to 8-bit display values.
 
-    "mu-law" is that of the HDR literature (mu = 5000) as it stands, so that previews compare with published pictures; it
-    lifts shadows a lot. "reinhard" is Reinhard et al. 2002, equation 4, fitted to the picture, with display gamma 2.2.
+    "mu-law" is that of the HDR literature (mu = 5000) as it stands, so that previews compare with published pictures;
+    it lifts shadows a lot. "reinhard" is Reinhard et al. 2002, equation 4, fitted to the picture, with gamma 2.2.
     """
     if kind == "mu-law":
         return lambda picture: _bytes(tone_map(torch.from_numpy(picture)).numpy())
