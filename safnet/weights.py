@@ -29,18 +29,26 @@ def load_model(name: str | os.PathLike[str] = "safnet-s") -> SAFNet:
     Raises:
         WeightsError: the file is missing, unreadable, or its keys or shapes are not a SAFNet's (the differences are listed).
     """
-    path = Path(name)
-    if path.suffix not in (".pth", ".safetensors"):
-        shipped = PRETRAINED / f"{name}.safetensors"
-        if not shipped.is_file():
-            names = ", ".join(sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))) or "none"
-            raise WeightsError(f"model {str(name)!r} is neither shipped (there are: {names}) nor a .safetensors or .pth file")
-        path = shipped
+    path = weights_path(name)
     state = _read_state(path)
     model = SAFNet(_guess_variant(state))
     _check_fit(path, model.state_dict(), state)
     model.load_state_dict(state)
     return model.eval()
+
+
+def weights_path(name: str | os.PathLike[str]) -> Path:
+    """The file of a shipped model's name, or `name` itself where it is a weights file's. Raises WeightsError."""
+    path = Path(name)
+    if path.suffix in (".pth", ".safetensors"):
+        return path
+    shipped = PRETRAINED / f"{name}.safetensors"
+    if not shipped.is_file():
+        names = ", ".join(sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))) or "none"
+        raise WeightsError(
+            f"model {str(name)!r} is neither shipped (there are: {names}) nor a .safetensors or .pth file"
+        )
+    return shipped
 
 
 def save_model(model: SAFNet, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
