@@ -11,7 +11,7 @@
 namespace safnet::SAFNET_ISA {
 namespace {
 
-constexpr int kChunk = 64;  // the arrays of a run stay in the first-level cache
+constexpr int kChunk = 512;  // long enough for the prefetchers to follow many streams, short enough for the caches
 
 struct Run {
   int64_t n;
@@ -85,22 +85,29 @@ struct Cells {
   R inside_x[kChunk], inside_y[kChunk];  // 0 where the derivative with respect to the flow is cut off, else 1
 };
 
+// One axis of a run: positions are start + i * step + flow[i].
+template <class R>
+void locate_axis(R start, R step, const R* __restrict flow, int32_t size, int count, int32_t* __restrict index,
+                 R* __restrict fraction, R* __restrict inside) {
+  for (int i = 0; i < count; ++i) {
+    const AxisSample<R> sample = sample_axis(start + static_cast<R>(i) * step + flow[i], size);
+    index[i] = sample.index;
+    fraction[i] = sample.fraction;
+    inside[i] = sample.inside;
+  }
+}
+
 // Reads the flow of a run and locates its samples.
 template <class R, class Offset>
 void locate(const Grid<Offset>& grid, const View& flow, const Run& run, Cells<R, Offset>& cells) {
   R flow_x[kChunk], flow_y[kChunk];
+  int32_t left[kChunk], top[kChunk];
   load_run(flow, run, 0, flow_x);
   load_run(flow, run, 1, flow_y);
-  const R base_y = static_cast<R>(run.y);
-  for (int i = 0; i < run.count; ++i) {
-    const auto sample_x = sample_axis(static_cast<R>(run.x + i) + flow_x[i], grid.width);
-    const auto sample_y = sample_axis(base_y + flow_y[i], grid.height);
-    cells.offset[i] = sample_y.index * grid.stride_y + sample_x.index * grid.stride_x;
-    cells.fraction_x[i] = sample_x.fraction;
-    cells.fraction_y[i] = sample_y.fraction;
-    cells.inside_x[i] = static_cast<R>(sample_x.inside);
-    cells.inside_y[i] = static_cast<R>(sample_y.inside);
-  }
+  locate_axis(static_cast<R>(run.x), R(1), flow_x, grid.width, run.count, left, cells.fraction_x, cells.inside_x);
+  locate_axis(static_cast<R>(run.y), R(0), flow_y, grid.height, run.count, top, cells.fraction_y, cells.inside_y);
+  const Offset stride_x = grid.stride_x, stride_y = grid.stride_y;
+  for (int i = 0; i < run.count; ++i) cells.offset[i] = top[i] * stride_y + left[i] * stride_x;
 }
 
 template <class T, class R, class Offset>

@@ -10,7 +10,7 @@ template <class Real>
 struct AxisSample {
   int32_t index;
   Real fraction;  // NaN for a NaN position, so that the sample becomes NaN
-  bool inside;    // the derivative with respect to the position is zero outside, and on the border itself, as in grid_sample
+  Real inside;    // 1, or 0 beyond the border and on it: there the derivative with respect to the position is zero
 };
 
 // Distance between the two samples of an axis: zero only where there is a single pixel.
@@ -22,7 +22,7 @@ SAFNET_INLINE int32_t axis_step(int32_t size) { return size > 1 ? 1 : 0; }
 template <class Real>
 SAFNET_INLINE AxisSample<Real> sample_axis(Real position, int32_t size) {
   const Real last = static_cast<Real>(size - 1);
-  const bool inside = !(position <= 0) & !(position >= last);
+  const Real inside = position <= 0 ? Real(0) : position >= last ? Real(0) : Real(1);
   position = position < 0 ? Real(0) : position;
   position = position > last ? last : position;
   int32_t index = static_cast<int32_t>(position >= 0 ? position : Real(0));
