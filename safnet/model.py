@@ -203,6 +203,12 @@ class SAFNet(nn.Module):
 
     def estimate(self, short: Tensor, reference: Tensor, long: Tensor, scale_factor: float = 0.5) -> Alignment:
         """Flows and mask LOGITS at the network's size: sides times scale_factor, rounded up to a multiple of 16."""
+        return self.estimate_levels(short, reference, long, scale_factor)[-1]
+
+    def estimate_levels(
+        self, short: Tensor, reference: Tensor, long: Tensor, scale_factor: float = 0.5
+    ) -> list[Alignment]:
+        """What the decoder makes of every level, coarse to fine; the last is `estimate`'s result."""
         _check_exposures(short, reference, long)
         size = network_size(short.shape[2], short.shape[3], scale_factor)
         exposures = [_resize(exposure, size) for exposure in (short, reference, long)]
@@ -210,9 +216,11 @@ class SAFNet(nn.Module):
         n, _, height, width = pyramids[0][-1].shape
         # In the exposures' type, which autocast leaves alone: half-precision flows would be wrong by up to half a pixel.
         alignment = Alignment(*(short.new_zeros(n, channels, height, width) for channels in (2, 2, 1, 1)))
+        levels = []
         for level in reversed(range(LEVELS)):
             alignment = self.decoder(*(pyramid[level] for pyramid in pyramids), alignment)
-        return alignment
+            levels.append(alignment)
+        return levels
 
     def fuse(self, short: Tensor, reference: Tensor, long: Tensor, alignment: Alignment) -> Fusion:
         """The explicit fusion from `estimate`'s alignment, and that alignment resized to the full size."""
