@@ -5,8 +5,7 @@
 // registers. All that depends on stride, dilation or transposition is in the table of offsets that the loop reads.
 #pragma once
 
-#include <cstdlib>
-
+#include "cpu/channels.h"
 #include "cpu/kernel.h"
 
 namespace safnet {
@@ -71,26 +70,8 @@ SAFNET_INLINE Vector<R> vector_at(const R* source) {
   return *reinterpret_cast<const Vector<R>*>(source);
 }
 
-SAFNET_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-SAFNET_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 SAFNET_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 SAFNET_INLINE int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-
-// Memory of one thread, aligned to a cache line.
-template <class R>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : memory_(std::malloc(static_cast<size_t>(count) * sizeof(R) + 64)) {
-    if (memory_ == nullptr) std::abort();
-  }
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  R* data() const { return reinterpret_cast<R*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63}); }
-
- private:
-  void* memory_;
-};
 
 // Channels of the next block when `left` remain.
 SAFNET_INLINE int64_t block_channels(int64_t left) { return left >= kBlock ? kBlock : left >= 4 ? 4 : left; }
@@ -144,7 +125,7 @@ SAFNET_INLINE void multiply_add(const Strip<R>& s) {
 }
 
 template <class R, int M>
-__attribute__((noinline)) void multiply_add(const Strip<R>& s, int vectors) {
+void multiply_add(const Strip<R>& s, int vectors) {
   if (vectors == 3) multiply_add<R, M, 3>(s);
   else if (vectors == 2) multiply_add<R, M, 2>(s);
   else multiply_add<R, M, 1>(s);
@@ -172,7 +153,7 @@ struct TileLayout {
 };
 
 template <class R>
-SAFNET_INLINE TileLayout lay_out(const TapGrid& grid) {
+TileLayout lay_out(const TapGrid& grid) {
   TileLayout tile;
   int64_t shift[kMostTaps], phase_of_tap[kMostTaps], remainder_of_phase[kMostTaps];
   int64_t smallest = INT64_MAX, largest = INT64_MIN;
@@ -224,80 +205,9 @@ SAFNET_INLINE Place place_of(const TapGrid& grid, int64_t index) {
   return p;
 }
 
-// Transposes pixels with their channels side by side into one row a channel.
-template <class T, class R>
-SAFNET_INLINE void gather_channels(const T* source, int64_t pixel_stride, int64_t pixels, int64_t channels, R* out,
-                                   int64_t out_channel) {
-  constexpr int kSide = 8;
-  int64_t x = 0;
-  for (; x + kSide <= pixels; x += kSide) {
-    int64_t c = 0;
-    for (; c + kSide <= channels; c += kSide) {
-      R square[kSide][kSide];
-      for (int i = 0; i < kSide; ++i)
-        for (int j = 0; j < kSide; ++j) square[j][i] = load(source[(x + i) * pixel_stride + c + j]);
-      for (int j = 0; j < kSide; ++j)
-        for (int i = 0; i < kSide; ++i) out[(c + j) * out_channel + x + i] = square[j][i];
-    }
-    for (; c < channels; ++c)
-      for (int i = 0; i < kSide; ++i) out[c * out_channel + x + i] = load(source[(x + i) * pixel_stride + c]);
-  }
-  for (; x < pixels; ++x)
-    for (int64_t c = 0; c < channels; ++c) out[c * out_channel + x] = load(source[x * pixel_stride + c]);
-}
-
-// The inverse: rows[c] becomes channel c.
-template <class T, class R>
-SAFNET_INLINE void scatter_channels(const R* const* rows, int64_t pixels, int64_t channels, T* out, int64_t pixel_stride) {
-  constexpr int kSide = 8;
-  int64_t x = 0;
-  for (; x + kSide <= pixels; x += kSide) {
-    int64_t c = 0;
-    for (; c + kSide <= channels; c += kSide) {
-      R square[kSide][kSide];
-      for (int j = 0; j < kSide; ++j)
-        for (int i = 0; i < kSide; ++i) square[i][j] = rows[c + j][x + i];
-      for (int i = 0; i < kSide; ++i)
-        for (int j = 0; j < kSide; ++j) store(square[i][j], out[(x + i) * pixel_stride + c + j]);
-    }
-    for (; c < channels; ++c)
-      for (int i = 0; i < kSide; ++i) store(rows[c][x + i], out[(x + i) * pixel_stride + c]);
-  }
-  for (; x < pixels; ++x)
-    for (int64_t c = 0; c < channels; ++c) store(rows[c][x], out[x * pixel_stride + c]);
-}
-
-SAFNET_INLINE bool channels_inside(const View& view) { return view.stride[1] == 1 && view.size[1] > 1; }
-
-// A run of pixels of one picture row, `step` apart.
-struct Run {
-  int64_t n, y, x, step, pixels;
-};
-
-// Reads channels [first, first + channels) of a run into one row a channel.
-template <class T, class R>
-SAFNET_INLINE void load_channels(const View& view, const Run& run, int64_t first, int64_t channels, R* out, int64_t out_channel) {
-  const T* source = row<T>(view, run.n, first, run.y) + run.x * view.stride[3];
-  const int64_t stride = run.step * view.stride[3];
-  if (channels_inside(view)) return gather_channels(source, stride, run.pixels, channels, out, out_channel);
-  for (int64_t c = 0; c < channels; ++c)
-    load_row(source + c * view.stride[1], stride, static_cast<int>(run.pixels), out + c * out_channel);
-}
-
-// Writes rows[c] to channel first + c * channel_step of a run.
-template <class T, class R>
-SAFNET_INLINE void store_channels(const R* const* rows, int64_t channels, const View& view, const Run& run, int64_t first,
-                                  int64_t channel_step) {
-  T* out = row<T>(view, run.n, first, run.y) + run.x * view.stride[3];
-  const int64_t stride = run.step * view.stride[3];
-  if (channels_inside(view) && channel_step == 1) return scatter_channels(rows, run.pixels, channels, out, stride);
-  for (int64_t c = 0; c < channels; ++c)
-    store_row(rows[c], static_cast<int>(run.pixels), out + c * channel_step * view.stride[1], stride);
-}
-
 // Packs channels [first, first + channels) of one tile's input, zeros where it leaves the picture.
-template <class T, class R>
-SAFNET_INLINE void pack_tile(const View& input, const TapGrid& grid, const TileLayout& tile, const Place& place, int64_t first,
+template <class R>
+void pack_tile(const View& input, const TapGrid& grid, const TileLayout& tile, const Place& place, int64_t first,
                              int64_t channels, R* packed) {
   const int64_t stride = grid.in_stride, width = input.size[3];
   for (int64_t slot = 0; slot < tile.slots; ++slot) {
@@ -314,8 +224,8 @@ SAFNET_INLINE void pack_tile(const View& input, const TapGrid& grid, const TileL
         for (int64_t i = end; i < tile.row_pitch; ++i) out[c * tile.channel_pitch + i] = 0;
       }
       if (begin == end) continue;
-      const Run run{place.n, y, x + begin * stride, stride, end - begin};
-      load_channels<T>(input, run, first, channels, out + begin, tile.channel_pitch);
+      const Span span{place.n, y, x + begin * stride, stride, end - begin};
+      load_channels(input, span, first, channels, out + begin, tile.channel_pitch);
     }
   }
 }
@@ -329,7 +239,7 @@ struct Sums {
 
 // All output channels of one group for one tile, from its packed input and weights.
 template <class R>
-SAFNET_INLINE void convolve_tile(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* packed,
+void convolve_tile(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* packed,
                                  int64_t channels_in, int64_t channels_out, const R* weights, const R* bias, Sums<R> sums) {
   const int64_t part = channels_at_once(channels_in);
   const int64_t vectors = (place.columns + kLanes<R> - 1) / kLanes<R>;

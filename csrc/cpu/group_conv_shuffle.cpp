@@ -21,7 +21,6 @@ struct ConvolutionArguments {
   bool transposed;                     // exchange the weight's two channel dimensions
   bool shuffled;                       // write output channels in shuffled order
   int64_t out_stride, out_y, out_x;    // grid position (y, x) is written to out_stride * (y, x) + (out_y, out_x)
-  Type type;
 };
 
 // The gradient before the activation, in the convolution's channel order, and its sums.
@@ -31,7 +30,6 @@ struct ActivationGradientArguments {
   int64_t slope_stride;
   double* sums;  // (parts, channels, 2): for bias and slope
   int64_t groups, rows_per_part;
-  Type type;
 };
 
 struct WeightGradientArguments {
@@ -40,7 +38,6 @@ struct WeightGradientArguments {
   void* partial;     // (parts, weights)
   void* out;         // contiguous
   int64_t groups, channels_in, channels_out, tiles, parts;
-  Type type;
 };
 
 SAFNET_DECLARE(conv_pack_weights, const ConvolutionArguments&, int64_t, int64_t)
@@ -49,23 +46,14 @@ SAFNET_DECLARE(conv_activation_gradient, const ActivationGradientArguments&, int
 SAFNET_DECLARE(conv_weight_gradient, const WeightGradientArguments&, int64_t, int64_t)
 SAFNET_DECLARE(conv_reduce_weight_gradient, const WeightGradientArguments&, int64_t, int64_t)
 
-#define SAFNET_DISPATCH_TYPE(type, kernel, ...)                       \
-  switch (type) {                                                     \
-    case Type::kFloat32: return kernel<float>(__VA_ARGS__);           \
-    case Type::kFloat64: return kernel<double>(__VA_ARGS__);          \
-    case Type::kFloat16: return kernel<Half>(__VA_ARGS__);            \
-    case Type::kBFloat16: return kernel<BFloat16>(__VA_ARGS__);       \
-  }
-
 }  // namespace safnet
 
 namespace safnet::SAFNET_ISA {
 namespace {
 
 // Packs the weights of input channels [begin, end) of every group: [group][block of output channels][channel][tap][in block].
-template <class T>
+template <class R>
 void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  using R = Real<T>;
   R* packed = static_cast<R*>(a.packed);
   const View& w = a.weight;
   const int64_t taps = a.grid.taps;
@@ -79,7 +67,8 @@ void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
             const int64_t first = a.transposed ? g * a.channels_in + c : g * a.channels_out + o + m;
             const int64_t second = a.transposed ? o + m : c;
             const int64_t at = a.grid.tap[t].weight;
-            to[t * block + m] = load(row<T>(w, first, second, at / 3)[at % 3 * w.stride[3]]);
+            const int64_t index = first * w.stride[0] + second * w.stride[1] + at / 3 * w.stride[2] + at % 3 * w.stride[3];
+            to[t * block + m] = element<R>(w.data, index, w.type);
           }
       }
     }
@@ -95,13 +84,13 @@ struct Workspace {
 };
 
 // Adds the residual, applies the activation and writes channels [first, first + channels) of one tile.
-template <class T, class R>
-SAFNET_INLINE void finish_tile(const ConvolutionArguments& a, const Place& place, const Workspace<R>& work, int64_t first,
+template <class R>
+void finish_tile(const ConvolutionArguments& a, const Place& place, const Workspace<R>& work, int64_t first,
                                int64_t channels) {
   const int64_t pitch = work.sums.row;
   const bool one_group = channels == a.channels_out;
   for (int64_t j = 0; j < place.rows; ++j) {
-    const Run run{place.n, (place.y + j * a.grid.row_step) * a.out_stride + a.out_y, place.x * a.out_stride + a.out_x,
+    const Span span{place.n, (place.y + j * a.grid.row_step) * a.out_stride + a.out_y, place.x * a.out_stride + a.out_x,
                   a.out_stride, place.columns};
     R* const values = work.sums.data + j * pitch;
     for (int64_t c = 0; c < channels; ++c) {
@@ -111,27 +100,26 @@ SAFNET_INLINE void finish_tile(const ConvolutionArguments& a, const Place& place
       work.in_order[c] = values + c * work.sums.channel;
     }
     if (a.residual.data != nullptr) {
-      load_channels<T>(a.residual, run, first, channels, work.extra, pitch);
+      load_channels(a.residual, span, first, channels, work.extra, pitch);
       for (int64_t c = 0; c < channels; ++c) {
         R* sum = values + c * work.sums.channel;
         for (int64_t i = 0; i < place.columns; ++i) sum[i] += work.extra[c * pitch + i];
       }
     }
-    if (a.preactivation.data != nullptr) store_channels<T>(work.in_order, channels, a.preactivation, run, first, 1);
+    if (a.preactivation.data != nullptr) store_channels(work.in_order, channels, a.preactivation, span, first, 1);
     if (a.slope != nullptr)
       for (int64_t c = 0; c < channels; ++c) {
-        const R slope = load(static_cast<const T*>(a.slope)[(first + c) * a.slope_stride]);
+        const R slope = element<R>(a.slope, (first + c) * a.slope_stride, a.out.type);
         R* sum = values + c * work.sums.channel;
         for (int64_t i = 0; i < place.columns; ++i) sum[i] = sum[i] > 0 ? sum[i] : sum[i] * slope;
       }
-    if (a.shuffled && one_group) store_channels<T>(work.rows, channels, a.out, run, first / channels, a.groups);
-    else store_channels<T>(work.rows, channels, a.out, run, first, 1);
+    if (a.shuffled && one_group) store_channels(work.rows, channels, a.out, span, first / channels, a.groups);
+    else store_channels(work.rows, channels, a.out, span, first, 1);
   }
 }
 
-template <class T>
+template <class R>
 void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  using R = Real<T>;
   const TapGrid& grid = a.grid;
   const TileLayout tile = lay_out<R>(grid);
   const int64_t all_channels = a.groups * a.channels_out;
@@ -143,21 +131,21 @@ void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
   const Scratch<R> bias(all_channels);
   const Scratch<const R*> rows(2 * held);
   for (int64_t c = 0; c < all_channels; ++c)
-    bias.data()[c] = a.bias == nullptr ? R(0) : load(static_cast<const T*>(a.bias)[c * a.bias_stride]);
+    bias.data()[c] = a.bias == nullptr ? R(0) : element<R>(a.bias, c * a.bias_stride, a.out.type);
   Workspace<R> work{{sums.data(), grid.tile_rows * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
   for (int64_t index = begin; index < end; ++index) {
     const Place place = place_of(grid, index);
     if (place.rows <= 0) continue;
     for (int64_t g = 0; g < a.groups; ++g) {
-      pack_tile<T>(a.input, grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
+      pack_tile(a.input, grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
       const R* weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * grid.taps;
       Sums<R> part = work.sums;
       if (together) part.data += g * a.channels_out * part.channel;
       convolve_tile(grid, tile, place, packed.data(), a.channels_in, a.channels_out, weights,
                     bias.data() + g * a.channels_out, part);
-      if (!together) finish_tile<T>(a, place, work, g * a.channels_out, a.channels_out);
+      if (!together) finish_tile(a, place, work, g * a.channels_out, a.channels_out);
     }
-    if (together) finish_tile<T>(a, place, work, 0, all_channels);
+    if (together) finish_tile(a, place, work, 0, all_channels);
   }
 }
 
@@ -173,9 +161,8 @@ SAFNET_INLINE double sum_of(const R* values, int64_t count) {
   return sum;
 }
 
-template <class T>
+template <class R>
 void activation_gradient(const ActivationGradientArguments& a, int64_t begin, int64_t end) {
-  using R = Real<T>;
   constexpr int64_t kPixels = 64;
   const int64_t channels = a.grad.size[1], height = a.grad.size[2], width = a.grad.size[3];
   const int64_t parts = (height + a.rows_per_part - 1) / a.rows_per_part, group = channels / a.groups;
@@ -189,21 +176,21 @@ void activation_gradient(const ActivationGradientArguments& a, int64_t begin, in
     const int64_t n = part / parts, first = part % parts * a.rows_per_part;
     for (int64_t y = first; y < smaller(first + a.rows_per_part, height); ++y)
       for (int64_t x = 0; x < width; x += kPixels) {
-        const Run run{n, y, x, 1, smaller(kPixels, width - x)};
-        load_channels<T>(a.grad, run, 0, channels, grads.data(), kPixels);
-        if (a.preactivation.data != nullptr) load_channels<T>(a.preactivation, run, 0, channels, values.data(), kPixels);
+        const Span span{n, y, x, 1, smaller(kPixels, width - x)};
+        load_channels(a.grad, span, 0, channels, grads.data(), kPixels);
+        if (a.preactivation.data != nullptr) load_channels(a.preactivation, span, 0, channels, values.data(), kPixels);
         for (int64_t c = 0; c < channels; ++c) {
           R* grad = const_cast<R*>(rows.data()[c]);
           if (a.preactivation.data != nullptr) {
-            const R slope = load(static_cast<const T*>(a.slope)[c * a.slope_stride]);
+            const R slope = element<R>(a.slope, c * a.slope_stride, a.grad.type);
             const R* value = values.data() + c * kPixels;
-            for (int64_t i = 0; i < run.pixels; ++i) products.data()[i] = value[i] > 0 ? R(0) : grad[i] * value[i];
-            for (int64_t i = 0; i < run.pixels; ++i) grad[i] = value[i] > 0 ? grad[i] : grad[i] * slope;
-            sums[2 * c + 1] += sum_of(products.data(), run.pixels);
+            for (int64_t i = 0; i < span.pixels; ++i) products.data()[i] = value[i] > 0 ? R(0) : grad[i] * value[i];
+            for (int64_t i = 0; i < span.pixels; ++i) grad[i] = value[i] > 0 ? grad[i] : grad[i] * slope;
+            sums[2 * c + 1] += sum_of(products.data(), span.pixels);
           }
-          sums[2 * c] += sum_of(grad, run.pixels);
+          sums[2 * c] += sum_of(grad, span.pixels);
         }
-        if (a.out.data != nullptr) store_channels<T>(rows.data(), channels, a.out, run, 0, 1);
+        if (a.out.data != nullptr) store_channels(rows.data(), channels, a.out, span, 0, 1);
       }
   }
 }
@@ -251,7 +238,7 @@ SAFNET_INLINE void correlate(const TileLayout& tile, const Place& place, const R
 }
 
 template <class R, int M, int N>
-__attribute__((noinline)) void correlate_block(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
+void correlate_block(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
                                                int first_tap, const GradientTile<R>& grad, R* out, int64_t out_channel) {
   R sums[M][N] = {};
   correlate<R, M, N>(tile, place, in, first_tap, grad, sums);
@@ -288,9 +275,8 @@ SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLa
   }
 }
 
-template <class T>
+template <class R>
 void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
-  using R = Real<T>;
   const TileLayout tile = lay_out<R>(a.grid);
   const int64_t pitch = round_up(a.grid.tile_columns, kLanes<R>), channel = a.grid.tile_rows * pitch;
   const int64_t group_weights = a.channels_out * a.channels_in * 9, weights = a.groups * group_weights;
@@ -302,10 +288,10 @@ void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t en
       const Place place = place_of(a.grid, index);
       if (place.rows <= 0) continue;
       for (int64_t g = 0; g < a.groups; ++g) {
-        pack_tile<T>(a.input, a.grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
+        pack_tile(a.input, a.grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
         for (int64_t j = 0; j < place.rows; ++j) {
-          const Run run{place.n, place.y + j * a.grid.row_step, place.x, 1, place.columns};
-          load_channels<T>(a.grad, run, g * a.channels_out, a.channels_out, grads.data() + j * pitch, channel);
+          const Span span{place.n, place.y + j * a.grid.row_step, place.x, 1, place.columns};
+          load_channels(a.grad, span, g * a.channels_out, a.channels_out, grads.data() + j * pitch, channel);
           for (int64_t o = 0; o < a.channels_out; ++o)
             for (int64_t i = place.columns; i < pitch; ++i) grads.data()[o * channel + j * pitch + i] = 0;
         }
@@ -316,34 +302,33 @@ void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t en
 }
 
 // Adds the parts of weights [begin, end), in order.
-template <class T>
+template <class R>
 void reduce_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
-  using R = Real<T>;
   const R* partial = static_cast<const R*>(a.partial);
   const int64_t weights = a.groups * a.channels_out * a.channels_in * 9;
   for (int64_t i = begin; i < end; ++i) {
     double sum = 0;
     for (int64_t part = 0; part < a.parts; ++part) sum += static_cast<double>(partial[part * weights + i]);
-    store(static_cast<R>(sum), static_cast<T*>(a.out)[i]);
+    set_element(a.out, i, a.input.type, sum);
   }
 }
 
 }  // namespace
 
 void conv_pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH_TYPE(a.type, pack_weights, a, begin, end);
+  SAFNET_DISPATCH(a.input, pack_weights, a, begin, end);
 }
 void conv_tiles(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH_TYPE(a.type, convolve, a, begin, end);
+  SAFNET_DISPATCH(a.input, convolve, a, begin, end);
 }
 void conv_activation_gradient(const ActivationGradientArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH_TYPE(a.type, activation_gradient, a, begin, end);
+  SAFNET_DISPATCH(a.grad, activation_gradient, a, begin, end);
 }
 void conv_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH_TYPE(a.type, weight_gradient, a, begin, end);
+  SAFNET_DISPATCH(a.input, weight_gradient, a, begin, end);
 }
 void conv_reduce_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH_TYPE(a.type, reduce_weight_gradient, a, begin, end);
+  SAFNET_DISPATCH(a.input, reduce_weight_gradient, a, begin, end);
 }
 
 }  // namespace safnet::SAFNET_ISA
@@ -405,9 +390,9 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
 // Runs a convolution whose arguments are complete but for the tiles and the packed weights.
 void run(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
-  cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out, a.type);
+  cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out, a.input.type);
   const int64_t weights = a.groups * a.channels_out * a.channels_in * a.grid.taps;
-  const Tensor packed = empty({weights}, a.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor packed = empty({weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   a.packed = packed.data_ptr();
   const auto split = [&](auto* kernel, int64_t count, int64_t grain) {
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
@@ -434,7 +419,6 @@ std::tuple<Tensor, Tensor> group_conv_shuffle(Tensor input, Tensor weight, std::
   a.groups = groups, a.channels_in = input.size(1) / groups, a.channels_out = weight.size(0) / groups;
   a.shuffled = groups > 1;
   a.out_stride = 1;
-  a.type = type_of(input);
   if (!is_empty(a.out)) {
     a.grid = forward_grid(a.input, a.out, stride, dilation);
     run(a);
@@ -450,7 +434,6 @@ void input_gradient(const View& grad, const Tensor& weight, const Tensor& grad_i
   a.groups = groups, a.channels_in = grad.size[1] / groups, a.channels_out = a.out.size[1] / groups;
   a.transposed = true;
   a.out_stride = stride;
-  a.type = type_of(grad_input);
   for (a.out_y = 0; a.out_y < std::min(stride, a.out.size[2]); ++a.out_y)
     for (a.out_x = 0; a.out_x < std::min(stride, a.out.size[3]); ++a.out_x) {
       TapGrid grid{};
@@ -471,30 +454,19 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   WeightGradientArguments a{};
   a.input = input, a.grad = grad;
   a.groups = groups, a.channels_in = input.size[1] / groups, a.channels_out = grad.size[1] / groups;
-  a.type = type_of(grad_weight);
   a.out = grad_weight.data_ptr();
   a.grid = forward_grid(input, grad, stride, dilation);
-  cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.type);
+  cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type);
   a.tiles = tile_count(a.grid, input.size[0]);
   const int64_t weights = grad_weight.numel();
   // Enough parts for many threads, in at most 4 million numbers.
   a.parts = std::clamp<int64_t>((4 << 20) / weights, 1, std::min<int64_t>(a.tiles, 64));
-  const Tensor partial = empty({a.parts, weights}, a.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor partial = empty({a.parts, weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   a.partial = partial.data_ptr();
   torch::stable::parallel_for(0, a.parts, 1,
                               [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_weight_gradient)(a, begin, end); });
   torch::stable::parallel_for(0, weights, kPixelsPerTask,
                               [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_reduce_weight_gradient)(a, begin, end); });
-}
-
-void set(const Tensor& vector, int64_t index, double value) {
-  void* data = vector.data_ptr();
-  switch (type_of(vector)) {
-    case Type::kFloat32: return store(static_cast<float>(value), static_cast<float*>(data)[index]);
-    case Type::kFloat64: return store(value, static_cast<double*>(data)[index]);
-    case Type::kFloat16: return store(static_cast<float>(value), static_cast<Half*>(data)[index]);
-    case Type::kBFloat16: return store(static_cast<float>(value), static_cast<BFloat16*>(data)[index]);
-  }
 }
 
 // Fills `out` (if it has elements) with the gradient before the activation, and the gradients of bias and slope with its sums.
@@ -505,7 +477,6 @@ void activation_gradient(const Tensor& grad, const Tensor& preactivation, const 
   if (slope) a.preactivation = view(preactivation), a.slope = slope->data_ptr(), a.slope_stride = slope->stride(0);
   if (out.dim() == 4) a.out = view(out);
   a.groups = groups;
-  a.type = type_of(grad);
   const int64_t channels = grad.size(1);
   a.rows_per_part = std::max<int64_t>(1, kPixelsPerTask / grad.size(3));
   const int64_t parts = grad.size(0) * divide_up(grad.size(2), a.rows_per_part);
@@ -516,7 +487,7 @@ void activation_gradient(const Tensor& grad, const Tensor& preactivation, const 
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < channels * 2; ++i) sums[i] += sums[part * channels * 2 + i];
   const auto write = [&](const Tensor& to, int64_t which) {
-    for (int64_t c = 0; c < to.numel(); ++c) set(to, c, sums[2 * c + which]);
+    for (int64_t c = 0; c < to.numel(); ++c) SAFNET_ISA::set_element(to.data_ptr(), c, type_of(to), sums[2 * c + which]);
   };
   write(grad_bias, 0);
   write(grad_slope, 1);
