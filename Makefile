@@ -42,5 +42,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(RUN) mypy
 
+# On a machine with a GPU, with the Python, torch and nvcc that are there; needs no network and makes no .venv.
+gpu:
+	$(PYTHON) -m tools.gpu $(GPU_OPTIONS)
+
 clean:
 	rm -rf $(VENV) build demo safnet_ops/*.so safnet_ops/build_report.json

@@ -8,4 +8,5 @@ from setuptools import Extension, setup
 sys.path.insert(0, str(Path(__file__).parent))  # absent in an isolated build
 from build_tools.build_extensions import BuildExtensions
 
-setup(ext_modules=[Extension("safnet_ops._C", [])], cmdclass={"build_ext": BuildExtensions})
+modules = [Extension("safnet_ops._C", []), Extension("safnet_ops._C_cuda", [])]
+setup(ext_modules=modules, cmdclass={"build_ext": BuildExtensions})

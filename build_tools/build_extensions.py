@@ -1,7 +1,8 @@
 """The build_ext command: compiles csrc/ with ninja, in parallel, and writes down what it decided.
 
-csrc/cpu/*.cpp is compiled once per instruction set (csrc/cpu/kernel.h says how that fits together). Environment: CXX, MAX_JOBS,
-SAFNET_OPS_BUILD=0 (install without kernels), SAFNET_OPS_SANITIZE=1 (AddressSanitizer and UBSan).
+csrc/cpu/*.cpp is compiled once per instruction set (csrc/cpu/kernel.h says how that fits together), csrc/cuda/*.cu for a
+list of GPUs (cuda_toolkit.py). Environment: CXX, MAX_JOBS, SAFNET_OPS_BUILD=0 (install without kernels),
+SAFNET_OPS_SANITIZE=1 (AddressSanitizer and UBSan); CUDA_HOME, FORCE_CUDA, TORCH_CUDA_ARCH_LIST.
 """
 
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+
+from build_tools import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -40,8 +43,15 @@ class BuildExtensions(build_ext):
             self.extensions = []
             _write_report(self.decisions, {"_C": reason})
             return
-        self._build_cpu(next(ext for ext in self.extensions if ext.name == "safnet_ops._C"))
-        _write_report(self.decisions, {})
+        modules = {extension.name: extension for extension in self.extensions}
+        self._build_cpu(modules["safnet_ops._C"])
+        reason = self._why_not_cuda()
+        if reason:
+            self._decide(f"not building the CUDA kernels: {reason}")
+            self.extensions = [modules["safnet_ops._C"]]
+        else:
+            self._build_cuda(modules["safnet_ops._C_cuda"])
+        _write_report(self.decisions, {"_C_cuda": reason} if reason else {})
 
     def _why_not(self) -> str | None:
         if os.environ.get("SAFNET_OPS_BUILD") == "0":
@@ -97,6 +107,42 @@ class BuildExtensions(build_ext):
         self._decide(f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else ""))
         ninja.run(jobs)
 
+    def _why_not_cuda(self) -> str | None:
+        import torch
+
+        self.toolkit = cuda_toolkit.find_toolkit()
+        return cuda_toolkit.why_not(self.toolkit, torch.version.cuda)
+
+    def _build_cuda(self, extension: Extension) -> None:
+        import torch
+
+        assert self.toolkit is not None
+        architectures = cuda_toolkit.architectures(self.toolkit)
+        origin = "TORCH_CUDA_ARCH_LIST" if os.environ.get("TORCH_CUDA_ARCH_LIST") else "default"
+        version = ".".join(map(str, self.toolkit.version))
+        self._decide(f"nvcc {self.toolkit.nvcc} of CUDA {version}, torch of CUDA {torch.version.cuda}")
+        self._decide(f"CUDA kernels for {' '.join(architectures)} ({origin})")
+        includes = [f"-I{CSRC}", *(f"-isystem{path}" for path in self._include_dirs())]
+        defines = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA"]
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={self.compiler_path}"]
+        flags += [*cuda_toolkit.architecture_flags(architectures), *defines, *includes]
+
+        ninja = NinjaFile(ROOT / "build" / f"cuda-{sys.implementation.cache_tag}", self.compiler_path)
+        names = f"-DSAFNET_ARCHITECTURES={_quote(' '.join(architectures))}"
+        module_flags = ["-O2", "-fPIC", "-fvisibility=hidden", names, *includes]
+        objects = [ninja.compile(CSRC / "cuda" / "module.cpp", "module", module_flags)]
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            objects.append(ninja.compile_cuda(source, source.stem, flags, self.toolkit.nvcc))
+        library_dirs = [Path(torch.__file__).parent / "lib", *self.toolkit.library_dirs]
+        libraries = [*(f"-L{path}" for path in library_dirs), "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-lcudart"]
+        if torch.version.cuda is not None:
+            libraries.append("-ltorch_cuda")
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        ninja.link(objects, output, ["-shared", *libraries])
+        jobs = os.environ.get("MAX_JOBS")
+        self._decide(f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else ""))
+        ninja.run(jobs)
+
     def _instruction_sets(self) -> dict[str, list[str]]:
         variants: dict[str, list[str]] = {"baseline": []}
         if platform.machine().lower() in ("x86_64", "amd64"):
@@ -128,6 +174,7 @@ class NinjaFile:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.knows_cuda = False
         self.file = (folder / "build.ninja").open("w")
         self.writer = ninja_syntax.Writer(self.file, width=120)
         self.writer.rule("compile", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
@@ -136,6 +183,13 @@ class NinjaFile:
     def compile(self, source: Path, name: str, flags: list[str]) -> str:
         self.writer.build(f"{name}.o", "compile", str(source), variables={"flags": " ".join(map(_shell, flags))})
         return f"{name}.o"
+
+    def compile_cuda(self, source: Path, name: str, flags: list[str], nvcc: str) -> str:
+        if not self.knows_cuda:
+            self.writer.rule("compile_cuda", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+            self.knows_cuda = True
+        self.writer.build(f"{name}.cu.o", "compile_cuda", str(source), variables={"flags": " ".join(map(_shell, flags))})
+        return f"{name}.cu.o"
 
     def link(self, objects: list[str], output: Path, flags: list[str]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)

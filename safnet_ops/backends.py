@@ -50,6 +50,9 @@ def _load_compiled(backend: str, module: str, key: str) -> None:
     if importlib.util.find_spec(f"safnet_ops.{module}") is None:
         _missing[backend] = _why_not_built(module)
         return
+    if backend == "cuda" and torch.version.cuda is None:
+        _missing[backend] = f"safnet_ops.{module} was built, but this torch has no CUDA"
+        return
     try:
         importlib.import_module(f"safnet_ops.{module}")
     except (ImportError, OSError) as error:
