@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def simulated():
+    """Triton kernels launched on CPU tensors run on the simulator of device code, which checks every access they make.
+
+    What a kernel allocates uninitialised is poisoned: reading it before it is written is an error.
+    """
+    pytest.importorskip("triton")
+    import ptxsim
+
+    with ptxsim.triton_on_cpu(poison_empty=True):
+        yield
+
+
+@pytest.fixture
+def float32_products():
+    """Call it with "ieee" or "tf32" to say how float32 convolutions may multiply; "ieee" until then."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+
+    def choose(precision):
+        conv.fp32_precision = precision
+
+    choose("ieee")
+    yield choose
+    choose(before)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Call it, and kernels compute offsets in 64 bits however small the pictures are."""
+    common = pytest.importorskip("safnet_ops.triton.common")
+    return lambda: monkeypatch.setattr(common, "WIDE_FROM", 0)
