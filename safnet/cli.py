@@ -210,11 +210,89 @@ def evaluate(
             write_csv(save / "scores.csv", evaluation)
             write_json(save / "scores.json", evaluation, run)
             write_html(save / "report.html", evaluation, run)
-        print_tables(evaluation, run, Console())
+        # A table that is piped into a file needs no line breaks at 80 characters.
+        print_tables(evaluation, run, Console(width=None if sys.stdout.isatty() else 160))
         if not readable or not any(evaluation.mean(method.name).used for method in methods):
             raise ValueError(f"none of the {len(scenes)} scenes in {root} could be scored")
     if save is not None:
         typer.echo(f"{save / 'report.html'}, scores.csv, scores.json")
+
+
+@app.command()
+def synthesize(
+    panoramas: Annotated[Path, typer.Argument(help="Folder of equirectangular HDR panoramas: .hdr, .exr.")],
+    output: Annotated[Path, typer.Argument(help="Scenes go to its subfolder Training, or Test for validation.")],
+    count: Annotated[int, typer.Option(help="Scenes to write.")] = 1000,
+    size: Annotated[tuple[int, int], typer.Option(help="Width and height in pixels.")] = (320, 320),
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same scenes.")] = 0,
+    split: Annotated[
+        Literal["all", "train", "validation"], typer.Option(help="Every seventh panorama by name is for validation.")
+    ] = "all",
+    ev_step: Annotated[tuple[float, float], typer.Option(help="Least and most stops between frames.")] = (
+        1.0,
+        3.0,
+    ),
+    clipped: Annotated[tuple[float, float], typer.Option(help="Clipped part of the reference frame.")] = (0.0, 0.35),
+    motion: Annotated[tuple[float, float], typer.Option(help="Pixels that objects move.")] = (0.0, 130.0),
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="A camera as the protocol assumes: exact EVs, gamma 2.2, low noise."),
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")] = None,
+) -> None:
+    """Write training or validation scenes with known truth, made from HDR panoramas, in Kalantari17's layout."""
+    with _one_line_errors():
+        import torch
+
+        from safnet.scenes import SceneSettings
+        from safnet.scenes import synthesize as write_scenes
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        ranges = SceneSettings(size[1], size[0], ev_step=ev_step, clipped=clipped, motion=motion)
+        with _progress_bar() as progress:
+            folder = write_scenes(
+                panoramas,
+                output,
+                count,
+                ranges.exact() if exact else ranges,
+                split=split,
+                seed=seed,
+                progress=lambda done, total: progress("scenes", done, total),
+            )
+    typer.echo(f"{count} scenes of {size[0]} x {size[1]}: {folder}")
+
+
+@app.command()
+def train(
+    scenes: Annotated[Path, typer.Argument(help="Folder of scenes in Kalantari17's layout.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that is there already is gone on with.")],
+    validation: Annotated[Path | None, typer.Option(help="Held-out scenes to score after every block.")] = None,
+    model: Annotated[Literal["small", "full"], typer.Option(help="SAFNet-S or SAFNet.")] = "small",
+    start: Annotated[Path | None, typer.Option(help="Weights to start from, where names and shapes fit.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = 20000,
+    block: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    batch: Annotated[int, typer.Option(help="Crops a step.")] = 4,
+    crop: Annotated[int, typer.Option(help="Side of the crops, a multiple of 32.")] = 256,
+    window: Annotated[int, typer.Option(help="Side of the part of each crop that is refined.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, after the warm-up; falls on a cosine.")] = 5e-4,
+    warm_up: Annotated[int, typer.Option(help="Steps until the learning rate is reached.")] = 100,
+    census: Annotated[float, typer.Option(help="Weight of the census loss, 0 for none.")] = 1.0,
+    flow: Annotated[float, typer.Option(help="Weight of the true flow where scenes have it, 0 for none.")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, crops and augmentation.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads, 0 for all cores.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that read scenes.")] = 0,
+) -> None:
+    """Train a model; a run that was stopped goes on with the same command."""
+    options = dict(locals())
+    with _one_line_errors():
+        try:
+            from safnet.train import TrainSettings
+            from safnet.train import train as run
+        except ImportError as error:
+            raise ValueError(f"training needs more packages ({error}); pip install 'safnet-ops[train]'") from error
+        weights = run(TrainSettings(**options), progress_bar=sys.stderr.isatty())
+    typer.echo(f"{steps} steps: {weights}")
 
 
 def _check_destinations(

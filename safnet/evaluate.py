@@ -321,7 +321,7 @@ def _evaluate_scene(
         return scene, {name: result for name, result in scores.items() if result}
     try:
         sample = load_scene(files)
-        regions, measured = _measure(files.name, sample, settings)
+        regions, measured = _measure(files.name, sample)
     except (ValueError, OSError) as error:
         broken = Scene(files.name, error=str(error))
         return broken, {method.name: Score(error=str(error)) for method in methods}
@@ -376,7 +376,7 @@ def _score(
     return Score(scores, None, None if method.kind == "predictions" else seconds, shown)
 
 
-def _measure(name: str, sample: Sample, settings: Settings) -> tuple[dict[str, Tensor], Scene]:
+def _measure(name: str, sample: Sample) -> tuple[dict[str, Tensor], Scene]:
     """Masks (H, W) of clipped and moving pixels, and the scene's measures, without pictures."""
     clipped = sample.frames[1].amax(0) >= CLIPPED_LEVEL
     regions = {"clipped": clipped}

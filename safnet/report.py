@@ -24,6 +24,7 @@ from safnet.thumbnails import ERROR_WHITE
 from safnet.timing import Timing, device_name
 
 MAIN_SCORES = ("psnr_mu", "psnr_l", "ssim_mu", "ssim_l")
+TERMINAL_SCORES = (*MAIN_SCORES, "fused_psnr_mu", "cvvdp", "ntire_psnr_mu", "ntire_psnr")  # the rest is in the files
 PACKAGES = ("safnet-ops", "torch", "numpy", "OpenImageIO", "opencv-python-headless", "pillow", "cvvdp")
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -123,20 +124,22 @@ def format_score(name: str, value: float | None) -> str:
 
 def print_tables(evaluation: Evaluation, run: Run, console: Console) -> None:
     """Means beside the published numbers, groups, timings, and what was left out; scenes too if there is one method."""
-    names = score_names(evaluation)
+    names = [name for name in score_names(evaluation) if name in TERMINAL_SCORES]
     if len(evaluation.methods) == 1:
         console.print(_scene_table(evaluation, names))
     console.print(_mean_table(evaluation, names))
     _, _, note = published_for(evaluation.settings.dataset)
-    console.print(note, style="dim")
+    console.print(note, style="dim", soft_wrap=True)
     if evaluation.groups():
         console.print(_group_table(evaluation))
     for name, timing in run.timings.items():
-        console.print(f"{name}: {describe_timing(timing)}", highlight=False)
+        console.print(f"{name}: {describe_timing(timing)}", highlight=False, soft_wrap=True)
     for _, method, error in evaluation.errors():
-        console.print(f"left out: {error if not method else f'{method}: {error}'}", style="yellow", highlight=False)
+        text = f"left out: {method}: {error}" if method else f"left out: {error}"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if evaluation.errors():
-        console.print(f"{left_out(evaluation)}; the means are over the others", style="bold yellow", highlight=False)
+        text = f"{left_out(evaluation)}; the means are over the others"
+        console.print(text, style="bold yellow", highlight=False, soft_wrap=True)
 
 
 def describe_timing(timing: Timing) -> str:

@@ -83,7 +83,7 @@ def test_ghost_mask_compares_at_the_references_exposure():
 
 def test_refusals(monkeypatch):
     frames, _ = scene(0)
-    with pytest.raises(ValueError, match="--baseline must be one of reference, unaligned, .*, got 'magic'"):
+    with pytest.raises(ValueError, match=r"--baseline must be one of reference, unaligned, .*, got 'magic'"):
         fuse_baseline("magic", frames, EVS)
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ValueError, match=r"needs OpenCV .*pip install"):

@@ -171,7 +171,7 @@ def test_a_truth_that_is_not_finite(tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(DatasetError, match="does not exist"):
         find_scenes("kalantari17", tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match="data set must be one of .*, got 'sintel'"):
+    with pytest.raises(DatasetError, match=r"data set must be one of .*, got 'sintel'"):
         find_scenes("sintel", tmp_path)
     write(tmp_path / "integers.tif", expose(make_radiance(), 1.0))
     with pytest.raises(ValueError, match="must hold floating-point radiance, got uint16"):

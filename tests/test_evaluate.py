@@ -111,7 +111,7 @@ def test_perfect_predictions(scenes, tmp_path):
     mean = result.mean("perfect")
     assert (mean.used, mean.left_out) == (3, 0)
     assert mean.scores["psnr_mu"] == math.inf
-    assert mean.scores["ssim_l"] == 1
+    assert mean.scores["ssim_l"] == pytest.approx(1, abs=1e-6)
 
 
 def test_predictions_are_scored_as_they_are(scenes, tmp_path):
@@ -145,7 +145,9 @@ def test_offsets_of_all_evs_change_nothing(root, scenes, baseline):
     assert evaluate(scenes, [baseline], SETTINGS).mean("unaligned") == before
 
 
-def test_wrong_evs_spare_the_reference_and_harm_the_merge(scenes):
+def test_wrong_evs_spare_the_reference_and_harm_the_merge(tmp_path):
+    write_kalantari17(tmp_path, NAMES)
+    scenes = find_scenes("kalantari17", tmp_path)
     methods = [BaselineMethod("reference"), BaselineMethod("unaligned")]
     exact = evaluate(scenes, methods, SETTINGS)
     wrong = evaluate(scenes, methods, Settings("kalantari17", ev_error=0.3, picture_width=96))
@@ -154,7 +156,7 @@ def test_wrong_evs_spare_the_reference_and_harm_the_merge(scenes):
         return result.mean(method).scores["psnr_mu"]
 
     assert quality(wrong, "reference") == pytest.approx(quality(exact, "reference"), abs=1e-3)
-    assert abs(quality(wrong, "unaligned") - quality(exact, "unaligned")) > 0.05
+    assert quality(wrong, "unaligned") < quality(exact, "unaligned") - 3
 
 
 def test_rgbe_scores_what_a_hdr_file_would_hold(scenes, baseline):
