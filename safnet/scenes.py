@@ -583,7 +583,7 @@ def write_scene(scene: Scene, folder: Path) -> None:
     try:
         for name, frame in zip(FRAME_NAMES, scene.frames, strict=True):
             _write_pixels(partial / name, (frame * 2**16).permute(1, 2, 0).numpy().astype(np.uint16), "uint16")
-        _write_pixels(partial / "HDRImg.hdr", scene.truth.permute(1, 2, 0).numpy(), "float")
+        _write_pixels(partial / "HDRImg.hdr", _round_for_rgbe(scene.truth.permute(1, 2, 0).numpy()), "float")
         (partial / "exposure.txt").write_text("".join(f"{ev:g}\n" for ev in scene.evs))
         np.save(partial / "flow.npy", scene.flow.numpy().astype(np.float16))
         np.save(partial / "visible.npy", scene.visible.numpy())
@@ -592,10 +592,18 @@ def write_scene(scene: Scene, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _round_for_rgbe(radiance: np.ndarray) -> np.ndarray:
+    """Half a step more: .hdr files cut 8-bit mantissas off, which alone would darken every truth."""
+    brightest = radiance.max(2, keepdims=True)
+    step = np.ldexp(np.float32(1), np.frexp(brightest)[1] - 8)
+    return np.where(brightest > 1e-30, radiance + step / 2, 0).astype(np.float32)
+
+
 def _write_pixels(path: Path, pixels: np.ndarray, kind: str) -> None:
     spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind)
     if path.suffix == ".tif":
         spec.attribute("compression", "zip")
+        spec.attribute("DateTime", "1970:01:01 00:00:00")  # else the same scene would not give the same file
     target = oiio.ImageOutput.create(path.name)
     if not (target.open(str(path), spec) and target.write_image(np.ascontiguousarray(pixels)) and target.close()):
         raise OSError(f"{path} cannot be written: {target.geterror()}")

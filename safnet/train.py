@@ -167,7 +167,8 @@ def _check_resumable(settings: TrainSettings, checkpoint: dict[str, Any]) -> Non
                 "use another --out for a new run"
             )
     if checkpoint["global_step"] > settings.steps:
-        raise TrainingError(f"--steps must be more than the {checkpoint['global_step']} done in {settings.out}")
+        done = f"the {checkpoint['global_step']} done in {settings.out}"
+        raise TrainingError(f"--steps must be at least {done}, got {settings.steps}")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
