@@ -125,7 +125,8 @@ class BuildExtensions(build_ext):
         includes = [f"-I{CSRC}", *(f"-isystem{path}" for path in self._include_dirs())]
         defines = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA"]
         flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={self.compiler_path}"]
-        flags += [*cuda_toolkit.architecture_flags(architectures), *defines, *includes]
+        torch_headers = f"-isystem={Path(torch.__file__).parent / 'include'}"
+        flags += [*cuda_toolkit.architecture_flags(architectures), *defines, f"-I{CSRC}", torch_headers]
 
         ninja = NinjaFile(ROOT / "build" / f"cuda-{sys.implementation.cache_tag}", self.compiler_path)
         names = f"-DSAFNET_ARCHITECTURES={_quote(' '.join(architectures))}"
