@@ -82,7 +82,7 @@ def ssim_map(prediction: Tensor, truth: Tensor, data_range: float = 1.0, *, volu
     x, y = prediction.float(), truth.float()
     mean_x, mean_y = _blur(x, volume), _blur(y, volume)
     # Variances are only ever added, so one blur does for both.
-    variances = _blur(x.square() + y.square(), volume) - mean_x.square() - mean_y.square()
+    variances = _blur(x.square() + y.square(), volume) - (mean_x.square() + mean_y.square())
     covariance = _blur(x * y, volume) - mean_x * mean_y
     c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
