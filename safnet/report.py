@@ -98,8 +98,8 @@ def published_for(dataset: DatasetName) -> tuple[str, list[Published], str]:
     if source == dataset:
         note = (
             "Comparable only if this folder holds that set's test scenes as published, and the model was trained "
-            "without them. SAFNet's authors score results stored as .hdr files, which --rgbe imitates; that moves PSNR "
-            "by some thousandths of a decibel. Published seconds are those of one A30 GPU at 1500x1000."
+            "without them. SAFNet's authors score results stored as .hdr files, which round; --rgbe does the same, and "
+            "can change PSNR-μ by tenths of a decibel. Published seconds are those of one A30 GPU at 1500x1000."
         )
     else:
         note = (

@@ -1,7 +1,7 @@
 """Scores against independent implementations: SciPy, scikit-image, OpenCV, numpy.
 
 MATLAB's `ssim(A, ref)` takes an RGB array for a volume: an 11x11x11 Gaussian of sigma 1.5, borders replicated, a mean
-over all voxels. SciPy's gaussian_filter with mode "nearest" and radius 5 filters so in code that shares nothing with ours.
+over all voxels. SciPy's gaussian_filter with mode "nearest" and radius 5 does so in code that shares nothing with ours.
 """
 
 import math
