@@ -1,6 +1,6 @@
 """Writes docs/kernels.md: registers, spills and occupancy of every CUDA kernel, and modelled costs.
 
-    python -m tools.kernel_costs
+    python -m tools.kernel_costs [--architectures 80 90]
 
 ptxas compiles the kernels for every architecture, ptxsim executes them on the CPU and counts. Takes some minutes; needs
 nvcc, and no GPU.
@@ -8,6 +8,7 @@ nvcc, and no GPU.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -94,33 +95,38 @@ def readable(name: str) -> str:
     return re.sub(r"\b(\w+)<", r"\1<", full).replace("long", "int64").replace(" int,", " int32,")
 
 
-def register_tables(folder: Path) -> str:
-    sources = sorted(folder.glob("*.ptx"))
-    jobs = [(ptx, capability) for ptx in sources for capability in ARCHITECTURES]
+def compile_all(folder: Path, architectures: list[int]) -> dict[tuple[str, int], dict[str, Compiled]]:
+    """(source, compute capability) -> what ptxas says of its kernels."""
+    jobs = [(ptx, capability) for capability in architectures for ptx in sorted(folder.glob("*.ptx"))]
     with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: compile_ptx(*job), jobs), strict=True))
-    total = sum(len(result) for result in results.values())
+        results = pool.map(lambda job: compile_ptx(*job), jobs)
+    return {(ptx.stem, capability): result for (ptx, capability), result in zip(jobs, results, strict=True)}
+
+
+def register_tables(results: dict[tuple[str, int], dict[str, Compiled]]) -> str:
+    architectures = sorted({capability for _, capability in results})
     spilling = [
-        f"{readable(name)} for sm_{capability}: stack {found.stack} B, spills {found.spills} B"
+        f"`{readable(name)}` for sm_{capability}: stack {found.stack} B, spills {found.spills} B"
         for (_, capability), result in results.items()
         for name, found in result.items()
         if found.spills or found.stack
     ]
+    total = sum(len(result) for result in results.values())
     lines = [
-        f"{total} compilations ({total // len(ARCHITECTURES)} kernels for each of {len(ARCHITECTURES)} architectures)."
+        f"{total} compilations, {total // len(architectures)} kernels each for {len(architectures)} architecture(s)."
     ]
     if spilling:
         lines += [f"{len(spilling)} use local memory:", "", *(f"- {line}" for line in spilling)]
     else:
         lines.append("None has a stack frame, none spills.")
-    header = " | ".join(f"sm_{capability}" for capability in ARCHITECTURES)
-    lines += ["", f"| kernel | {header} |", f"|---|{'---|' * len(ARCHITECTURES)}"]
-    for ptx in sources:
-        for name in results[ptx, 80]:
-            cells = [results[ptx, capability].get(name) for capability in ARCHITECTURES]
+    header = " | ".join(f"sm_{capability}" for capability in architectures)
+    lines += ["", f"| kernel | {header} |", f"|---|{'---|' * len(architectures)}"]
+    for source in sorted({source for source, _ in results}):
+        for name in results[source, architectures[-1]]:
+            cells = [results[source, capability].get(name) for capability in architectures]
             shown = [
                 f"{cell.registers} ({cell.occupancy(capability):.0%})" if cell else "-"
-                for cell, capability in zip(cells, ARCHITECTURES, strict=True)
+                for cell, capability in zip(cells, architectures, strict=True)
             ]
             lines.append(f"| `{readable(name)}` | {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -280,25 +286,32 @@ def _totals(stats: list[Stats], kind: str) -> dict[str, int]:
     return {name: sum(row[name] for row in rows) for name in ("requests", "sectors")}
 
 
-def cost_table() -> str:
+TITLES = (
+    "operator",
+    "size",
+    "launches",
+    "bytes / compulsory",
+    "sectors a request, load / store",
+    "bank passes / ideal",
+    "instructions a pixel",
+    "tensor pipe",
+    "bound by",
+    "modelled us",
+)
+
+
+def cost_rows() -> list[str]:
     device = simulated.device()
-    titles = (
-        "operator", "size", "launches", "bytes / compulsory", "sectors a request, load / store", "bank passes / ideal",
-        "instructions a pixel", "tensor pipe", "bound by", "modelled us",
-    )  # fmt: skip
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    rows = []
     for case in [*fuse_cases(), *warp_cases(), *census_cases(), *conv_cases()]:
         print(f"running {case.name} at {case.size}", file=sys.stderr, flush=True)
-        lines.append(cost_row(case, device))
-    return "\n".join(lines)
+        rows.append(cost_row(case, device))
+    return rows
 
 
-def main() -> None:
-    torch.manual_seed(2407)
-    costs = cost_table()
-    registers = register_tables(simulated.build())
-    PAGE.write_text(
-        f"""# The CUDA kernels in numbers
+def page(rows: list[str], registers: str) -> str:
+    costs = "\n".join([f"| {' | '.join(TITLES)} |", f"|{'---|' * len(TITLES)}", *rows])
+    return f"""# The CUDA kernels in numbers
 
 Written by `python -m tools.kernel_costs`; no GPU was used. How the kernels work: [cuda.md](cuda.md).
 
@@ -319,7 +332,22 @@ From `ptxas -v`. In brackets the share of an SM's warps that registers and threa
 group_conv_shuffle holds one to two blocks of 8 warps on an SM by design, with three stages of copies
 under way. {registers}
 """
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/kernels.md.")
+    parser.add_argument(
+        "--architectures",
+        type=int,
+        nargs="+",
+        choices=list(ARCHITECTURES),
+        default=list(ARCHITECTURES),
+        help="default: all",
     )
+    options = parser.parse_args()
+    torch.manual_seed(2407)
+    rows = cost_rows()
+    PAGE.write_text(page(rows, register_tables(compile_all(simulated.build(), options.architectures))))
     print(f"wrote {PAGE}", file=sys.stderr)
 
 

@@ -14,7 +14,7 @@ struct WarpArguments {
 
 // Planes: a thread samples kPixels adjacent pixels of every channel of its slice (blockIdx.y). The flow is read once.
 template <class T, class Index, int kPixels>
-__global__ void __launch_bounds__(kThreads) warp_planes(const __grid_constant__ WarpArguments<T, Index> a) {
+__global__ void __launch_bounds__(kThreads, 2) warp_planes(const __grid_constant__ WarpArguments<T, Index> a) {
   using R = Real<T>;
   const Index item = thread_item<Index>();
   if (item >= a.items) return;
@@ -47,7 +47,7 @@ template <class T>
 constexpr int kPackChannels = 16 / sizeof(T);
 
 template <class T, class Index>
-__global__ void __launch_bounds__(kThreads) warp_channels_last(const __grid_constant__ WarpArguments<T, Index> a) {
+__global__ void __launch_bounds__(kThreads, 2) warp_channels_last(const __grid_constant__ WarpArguments<T, Index> a) {
   using R = Real<T>;
   constexpr int kPack = kPackChannels<T>;
   const Index item = thread_item<Index>();
@@ -85,7 +85,7 @@ struct WarpBackwardArguments {
 // Lanes hold neighbouring pixels (kLanes 1), so that atomics of a warp fall into few sectors; threadIdx.y takes a share of the
 // channels. Or, for channels_last, groups of kLanes lanes share a pixel and take neighbouring channels.
 template <class T, class Index, bool kDeterministic, int kLanes>
-__global__ void __launch_bounds__(kThreads) warp_backward(const __grid_constant__ WarpBackwardArguments<T, Index> b) {
+__global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_constant__ WarpBackwardArguments<T, Index> b) {
   using R = Real<T>;
   const WarpArguments<T, Index>& a = b.forward;
   const Index item = thread_item<Index>() / kLanes;

@@ -128,7 +128,7 @@ __device__ __forceinline__ R block_sum(R value, R* shared) {
 
 // A thread takes kRowsPerThread pixels of a column, which share the neighbours that it reads.
 template <class T, class Index, int kRadius>
-__global__ void __launch_bounds__(kTileWidth* kTileHeight / kRowsPerThread)
+__global__ void __launch_bounds__(kTileWidth* kTileHeight / kRowsPerThread, 2)
     census_partial(const __grid_constant__ CensusArguments<T, Index> a) {
   using R = Real<T>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kTileWidth* kTileHeight / kRowsPerThread)
 
 // One block adds the partial sums in a fixed order.
 template <class R>
-__global__ void __launch_bounds__(kThreads) census_total(const R* partial, int64_t count, double scale, R* loss) {
+__global__ void __launch_bounds__(kThreads, 2) census_total(const R* partial, int64_t count, double scale, R* loss) {
   __shared__ double warp_sums[kThreads / 32];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) census_total(const R* partial, int64
 
 // The gradient at a pixel gathers over its whole window: no atomics.
 template <class T, class Index, int kRadius>
-__global__ void __launch_bounds__(kTileWidth* kTileHeight / kRowsPerThread)
+__global__ void __launch_bounds__(kTileWidth* kTileHeight / kRowsPerThread, 2)
     census_backward(const __grid_constant__ CensusArguments<T, Index> a) {
   using R = Real<T>;
   extern __shared__ __align__(16) unsigned char shared[];
