@@ -56,7 +56,7 @@ def group_conv_shuffle(
         RuntimeError: the backend asked for is not available.
     """
     operands = (input, weight, bias, prelu_weight, residual)
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and _is_autocast(input.device.type):
         kind = torch.get_autocast_dtype(input.device.type)
         operands = tuple(value.to(kind) if isinstance(value, Tensor) else value for value in operands)  # type: ignore[assignment]
     _check(*operands, groups, stride, dilation)
@@ -71,6 +71,11 @@ def group_conv_shuffle(
     if needs_gradient(*operands):
         return _GroupConvShuffle.apply(backend, geometry, *operands)
     return kernel(backend, "group_conv_shuffle")(*operands, *geometry, False)[0]
+
+
+def _is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(
