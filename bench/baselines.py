@@ -1,4 +1,4 @@
-"""Warp and fusion as they are written with PyTorch's own grid_sample: the fastest stock formulation, beside the exact reference."""
+"""Warp and fusion as they are written with PyTorch's own grid_sample: the fastest stock formulation."""
 
 import torch
 import torch.nn.functional as F

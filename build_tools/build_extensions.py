@@ -28,7 +28,16 @@ TARGET_VERSION = "0x020b000000000000"  # TORCH_TARGET_VERSION of OLDEST_TORCH: u
 VECTOR_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 X86_VARIANTS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx512": [
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mprefer-vector-width=512",
+    ],
 }
 
 
@@ -56,7 +65,9 @@ class BuildExtensions(build_ext):
     def _why_not(self) -> str | None:
         if os.environ.get("SAFNET_OPS_BUILD") == "0":
             return "SAFNET_OPS_BUILD=0 is set"
-        self.compiler_path = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+        self.compiler_path = (
+            shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+        )
         if self.compiler_path is None:
             return "no C++ compiler found (install g++ or clang++, or set CXX), then run pip install again"
         return None
@@ -68,12 +79,28 @@ class BuildExtensions(build_ext):
     def _build_cpu(self, extension: Extension) -> None:
         import torch
 
-        compiler = subprocess.run([self.compiler_path, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        compiler = subprocess.run(
+            [self.compiler_path, "--version"], capture_output=True, text=True
+        ).stdout.splitlines()[0]
         variants = self._instruction_sets()
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *VECTOR_FLAGS]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unknown-pragmas",
+            *VECTOR_FLAGS,
+        ]
         link_flags = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         if os.environ.get("SAFNET_OPS_SANITIZE") == "1":
-            sanitizers = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g"]
+            sanitizers = [
+                "-fsanitize=address,undefined",
+                "-fno-omit-frame-pointer",
+                "-fno-sanitize-recover=undefined",
+                "-g",
+            ]
             flags, link_flags = [*flags, *sanitizers], [*link_flags, *sanitizers]
             self._decide("with AddressSanitizer and UndefinedBehaviorSanitizer")
         self._decide(f"compiler {self.compiler_path} ({compiler}), flags {' '.join(flags)}")
@@ -94,17 +121,23 @@ class BuildExtensions(build_ext):
 
         ninja = NinjaFile(ROOT / "build" / f"cpu-{sys.implementation.cache_tag}", self.compiler_path)
         objects = [ninja.compile(CSRC / "module.cpp", "module", flags)]
-        # The baseline's objects come first: where the linker finds a function of a header in several of them, it keeps the first.
+        # The baseline's objects come first: of a header's function that several of them hold, the linker keeps the first.
         for name, extra in variants.items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 host = f"-DSAFNET_HOST={int(name == 'baseline')}"
-                objects.append(ninja.compile(source, f"{source.stem}.{name}", [*flags, *extra, f"-DSAFNET_ISA={name}", host]))
+                objects.append(
+                    ninja.compile(source, f"{source.stem}.{name}", [*flags, *extra, f"-DSAFNET_ISA={name}", host])
+                )
         library_dir = Path(torch.__file__).parent / "lib"
-        libraries = [f"-L{library_dir}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"] if sys.platform != "darwin" else []
+        libraries = (
+            [f"-L{library_dir}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"] if sys.platform != "darwin" else []
+        )
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         ninja.link(objects, output, [*link_flags, *libraries])
         jobs = os.environ.get("MAX_JOBS")
-        self._decide(f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else ""))
+        self._decide(
+            f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else "")
+        )
         ninja.run(jobs)
 
     def _why_not_cuda(self) -> str | None:
@@ -124,7 +157,13 @@ class BuildExtensions(build_ext):
         self._decide(f"CUDA kernels for {' '.join(architectures)} ({origin})")
         includes = [f"-I{CSRC}", *(f"-isystem{path}" for path in self._include_dirs())]
         defines = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA"]
-        flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={self.compiler_path}"]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            f"-ccbin={self.compiler_path}",
+        ]
         torch_headers = f"-isystem={Path(torch.__file__).parent / 'include'}"
         flags += [*cuda_toolkit.architecture_flags(architectures), *defines, f"-I{CSRC}", torch_headers]
 
@@ -135,13 +174,21 @@ class BuildExtensions(build_ext):
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             objects.append(ninja.compile_cuda(source, source.stem, flags, self.toolkit.nvcc))
         library_dirs = [Path(torch.__file__).parent / "lib", *self.toolkit.library_dirs]
-        libraries = [*(f"-L{path}" for path in library_dirs), "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-lcudart"]
+        libraries = [
+            *(f"-L{path}" for path in library_dirs),
+            "-Wl,--no-as-needed",
+            "-ltorch_cpu",
+            "-ltorch",
+            "-lcudart",
+        ]
         if torch.version.cuda is not None:
             libraries.append("-ltorch_cuda")
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         ninja.link(objects, output, ["-shared", *libraries])
         jobs = os.environ.get("MAX_JOBS")
-        self._decide(f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else ""))
+        self._decide(
+            f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else "")
+        )
         ninja.run(jobs)
 
     def _instruction_sets(self) -> dict[str, list[str]]:
@@ -159,9 +206,9 @@ class BuildExtensions(build_ext):
         return variants
 
     def _include_dirs(self) -> list[str]:
-        import pybind11
         import sysconfig
 
+        import pybind11
         import torch
 
         return [sysconfig.get_path("include"), pybind11.get_include(), str(Path(torch.__file__).parent / "include")]
@@ -187,9 +234,13 @@ class NinjaFile:
 
     def compile_cuda(self, source: Path, name: str, flags: list[str], nvcc: str) -> str:
         if not self.knows_cuda:
-            self.writer.rule("compile_cuda", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+            self.writer.rule(
+                "compile_cuda", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc"
+            )
             self.knows_cuda = True
-        self.writer.build(f"{name}.cu.o", "compile_cuda", str(source), variables={"flags": " ".join(map(_shell, flags))})
+        self.writer.build(
+            f"{name}.cu.o", "compile_cuda", str(source), variables={"flags": " ".join(map(_shell, flags))}
+        )
         return f"{name}.cu.o"
 
     def link(self, objects: list[str], output: Path, flags: list[str]) -> None:

@@ -216,7 +216,9 @@ def _folder(folders: Sequence[Path]) -> list[SceneFiles]:
 
 def _scene(folder: Path, frames: tuple[Path, ...], truth: str) -> SceneFiles:
     flow = folder / "flow.npy"  # `safnet synthesize` writes it
-    return SceneFiles(folder.name, frames, folder / "exposure.txt", folder / truth, flow=flow if flow.is_file() else None)
+    return SceneFiles(
+        folder.name, frames, folder / "exposure.txt", folder / truth, flow=flow if flow.is_file() else None
+    )
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Path]], list[SceneFiles]]] = {

@@ -5,7 +5,7 @@ fine at half size. The explicit fusion merges the exposures from them, and a ref
 Module names are those of the published checkpoints.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,9 @@ class Fusion(NamedTuple):
     alignment: Alignment
 
 
-def conv_prelu(channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_prelu(
+    channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, stride, dilation, dilation, groups),
         nn.PReLU(channels_out),
@@ -85,7 +87,8 @@ class Decoder(nn.Module):
         warped_short = safnet_ops.backward_warp(short, alignment.flow_short)
         warped_long = safnet_ops.backward_warp(long, alignment.flow_long)
         x = self.conv1(torch.cat([warped_short, reference, warped_long, *alignment], 1))
-        for conv, prelu in (self.conv2, self.conv3, self.conv4):
+        for layer in (self.conv2, self.conv3, self.conv4):
+            conv, prelu = cast(nn.Conv2d, layer[0]), cast(nn.PReLU, layer[1])
             x = safnet_ops.group_conv_shuffle(x, conv.weight, conv.bias, prelu.weight, DECODER_GROUPS)
         change = self.conv6(self.conv5(x))
         upsampled = [F.interpolate(part, scale_factor=2.0, mode="bilinear", align_corners=False) for part in alignment]
@@ -181,8 +184,8 @@ def _refine_inputs(fusion: Fusion) -> list[Tensor]:
 class SAFNet(nn.Module):
     """Three exposures of a moving scene -> linear HDR radiance.
 
-    Exposures are (N, 6, H, W) as `safnet.radiance.exposure_input` makes them: linear RGB in the short exposure's units, then LDR
-    RGB, all in [0, 1]. Results are linear radiance (N, 3, H, W) in [0, 1] in the same units, aligned to the reference.
+    Exposures are (N, 6, H, W) as `safnet.radiance.exposure_input` makes them: linear RGB in the short exposure's units, then
+    LDR RGB, all in [0, 1]. Results are linear radiance (N, 3, H, W) in [0, 1] in the same units, aligned to the reference.
     """
 
     def __init__(self, variant: Variant = "full") -> None:

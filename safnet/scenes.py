@@ -276,7 +276,7 @@ def synthesize_scene(panoramas: Sequence[Panorama], settings: SceneSettings, see
 
 def _draw_background(random: Generator, panoramas: Sequence[Panorama], settings: SceneSettings) -> Background:
     height, width = settings.height, settings.width
-    panorama = panoramas[random.integers(len(panoramas))]
+    panorama = panoramas[int(random.integers(len(panoramas)))]
     # Wide views: a panorama of 1024 pixels has only 256 for 90 degrees.
     focal = max(height, width) / 2 / math.tan(math.radians(random.uniform(75, 115)) / 2)
     camera = _camera(focal, (width - 1) / 2, (height - 1) / 2)
@@ -311,7 +311,7 @@ def _draw_object(
     random: Generator, panoramas: Sequence[Panorama], settings: SceneSettings, background: Background, ambient: Tensor
 ) -> list[Piece]:
     """One moving object: a walking figure of six pieces, or a single blob or pole."""
-    panorama = panoramas[random.integers(len(panoramas))]
+    panorama = panoramas[int(random.integers(len(panoramas)))]
     gaze = _rotation(random.uniform(-180, 180), random.normal(0, 20), random.uniform(-180, 180))
     gaze = gaze @ torch.linalg.inv(_camera(random.uniform(90, 250), 0, 0))
     size = _log_uniform(random, 0.1, 0.5) * max(settings.height, settings.width)
@@ -605,5 +605,7 @@ def _write_pixels(path: Path, pixels: np.ndarray, kind: str) -> None:
         spec.attribute("compression", "zip")
         spec.attribute("DateTime", "1970:01:01 00:00:00")  # else the same scene would not give the same file
     target = oiio.ImageOutput.create(path.name)
+    if target is None:
+        raise OSError(f"{path} cannot be written: {oiio.geterror()}")
     if not (target.open(str(path), spec) and target.write_image(np.ascontiguousarray(pixels)) and target.close()):
         raise OSError(f"{path} cannot be written: {target.geterror()}")

@@ -260,8 +260,8 @@ class Whole(Dataset[tuple[Tensor, Tensor]]):
 def fresh_model(variant: Variant) -> SAFNet:
     """A model whose flows and residual are 0 and masks one half, so that training starts at the unaligned merge."""
     model = SAFNet(variant)
-    last = (model.decoder.conv6, model.refinenet.conv7 if variant == "small" else model.refinenet.conv3)
-    for layer in last:
+    for name in ("decoder.conv6", "refinenet.conv7" if variant == "small" else "refinenet.conv3"):
+        layer: Any = model.get_submodule(name)
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return model
@@ -288,8 +288,8 @@ class Training(lightning.LightningModule):
         model = fresh_model(settings.model)
         if settings.start is not None:
             _take_fitting(model, settings.start)
-        self.model = model.to(memory_format=torch.channels_last)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=_average)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged = AveragedModel(self.model, multi_avg_fn=_average)  # type: ignore[arg-type]
 
     def training_step(self, crop: Crop, index: int) -> Tensor:
         short, reference, long = crop.exposures.unbind(1)

@@ -67,10 +67,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"weights file {str(path)!r} does not exist")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"weights file {str(path)!r} cannot be read: {reason}") from error

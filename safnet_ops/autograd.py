@@ -13,7 +13,7 @@ def reference_gradients(
     grads: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again (create_graph=True), by autograd through the reference."""
-    wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
+    wanted = [value for value, need in zip(inputs, needed, strict=True) if need and value is not None]
     found = iter(torch.autograd.grad(function(*inputs), wanted, grads, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
 

@@ -15,7 +15,9 @@ def check_tensor(operator: str, name: str, value: object, channels: int | None =
     if value.dim() != 4:
         raise ValueError(f"{operator}: {name} must have 4 dimensions (N, C, H, W), got shape {tuple(value.shape)}")
     if channels is not None and value.shape[1] != channels:
-        raise ValueError(f"{operator}: {name} must have {channels} channels (N, {channels}, H, W), got {tuple(value.shape)}")
+        raise ValueError(
+            f"{operator}: {name} must have {channels} channels (N, {channels}, H, W), got {tuple(value.shape)}"
+        )
 
 
 def check_shape(operator: str, name: str, value: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
@@ -45,7 +47,9 @@ def unify_geometry(operator: str, image: Tensor, tensors: dict[str, Tensor]) -> 
     for name, value in tensors.items():
         check_device(operator, name, value, "the image", image)
         if (value.dtype == torch.float64) != (image.dtype == torch.float64):
-            raise TypeError(f"{operator}: {name} must be float64 if and only if the image is: {image.dtype}, got {value.dtype}")
+            raise TypeError(
+                f"{operator}: {name} must be float64 if and only if the image is: {image.dtype}, got {value.dtype}"
+            )
     if all(value.dtype == image.dtype for value in tensors.values()):
         return list(tensors.values())
     return [value.to(torch.float32) for value in tensors.values()]

@@ -59,7 +59,12 @@ def fused_fuse(
         RuntimeError: the backend asked for is not available.
     """
     shape = _check_images(short, reference, long)
-    masks_and_flows = {"flow_short": flow_short, "flow_long": flow_long, "mask_short": mask_short, "mask_long": mask_long}
+    masks_and_flows = {
+        "flow_short": flow_short,
+        "flow_long": flow_long,
+        "mask_short": mask_short,
+        "mask_long": mask_long,
+    }
     for name, value in masks_and_flows.items():
         channels = 2 if name.startswith("flow") else 1
         check_tensor("fused_fuse", name, value)
@@ -116,7 +121,7 @@ def _reference(*inputs: Tensor | None, mask_logits: bool) -> Tensor:
     """The reference, called with the registered operator's arguments."""
     *images_and_geometry, reference_ldr, weight_short, weight_reference, weight_long = inputs
     weights = None if weight_short is None else (weight_short, weight_reference, weight_long)
-    return references.fused_fuse(*images_and_geometry, reference_ldr, weights=weights, mask_logits=mask_logits)  # type: ignore[arg-type]
+    return references.fused_fuse(*images_and_geometry, reference_ldr, weights=weights, mask_logits=mask_logits)  # type: ignore[arg-type, misc]
 
 
 class _FusedFuse(torch.autograd.Function):

@@ -125,7 +125,8 @@ def _out_side(side: int, stride: int) -> int:
 def _reference(*operands: Tensor | None, geometry: tuple[int, int, int]) -> Tensor:
     """The reference, called with the registered operator's arguments."""
     input, weight, bias, prelu_weight, residual = operands
-    assert input is not None and weight is not None
+    assert input is not None
+    assert weight is not None
     groups, stride, dilation = geometry
     return reference.group_conv_shuffle(
         input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual
@@ -135,7 +136,7 @@ def _reference(*operands: Tensor | None, geometry: tuple[int, int, int]) -> Tens
 class _GroupConvShuffle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, geometry: tuple[int, int, int], *operands: Tensor | None) -> Tensor:
-        input, weight, bias, prelu_weight, residual = operands
+        _input, _weight, _bias, prelu_weight, _residual = operands
         out, preactivation = kernel(backend, "group_conv_shuffle")(*operands, *geometry, prelu_weight is not None)
         ctx.backend, ctx.geometry = backend, geometry
         ctx.save_for_backward(preactivation, *operands)

@@ -1,5 +1,6 @@
-"""`python -m safnet_ops.info`: versions, what was built, which backend serves each operator, and why a missing one is missing."""
+"""`python -m safnet_ops.info`: versions, what was built, which backend serves each operator, why others are missing."""
 
+import importlib
 import json
 import platform
 from pathlib import Path
@@ -18,7 +19,9 @@ def report() -> str:
 
 def _versions() -> str:
     lines = [f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"]
-    lines.append(f"{torch.get_num_threads()} CPU threads" + (f", {_gpus()}" if torch.cuda.is_available() else ", no GPU"))
+    lines.append(
+        f"{torch.get_num_threads()} CPU threads" + (f", {_gpus()}" if torch.cuda.is_available() else ", no GPU")
+    )
     return "\n".join(lines)
 
 
@@ -33,7 +36,7 @@ def _build() -> str:
     else:
         lines.append("  no build report: the kernels were never built (pip install builds them)")
     if backends.serves("backward_warp", "cpp"):
-        from safnet_ops import _C
+        _C = importlib.import_module("safnet_ops._C")
 
         lines += [f"  _C {name}: {value}" for name, value in _C.build_info().items()]
         lines.append(f"  _C runs the {_C.instruction_set()} kernels on this processor")
@@ -42,13 +45,15 @@ def _build() -> str:
 
 def _table() -> str:
     """One row an operator: the backend that CPU and GPU tensors get, and all that are there."""
-    rows = [("operator", "on CPU", "on GPU", "available")]
+    rows: list[tuple[str, ...]] = [("operator", "on CPU", "on GPU", "available")]
     for name in backends.OPERATORS:
         available = [backend for backend in backends.BACKENDS if backends.serves(name, backend)]
         chosen = [backends.choose(name, torch.device(kind), None) for kind in ("cpu", "cuda")]
         rows.append((name, *chosen, ", ".join(available)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _reasons() -> str:

@@ -118,7 +118,7 @@ def upsample_fuse(
         F.interpolate(mask.to(kind), (height, width), mode="bilinear", align_corners=False).sigmoid()
         for mask in (mask_short, mask_long)
     ]
-    fused = fused_fuse(short, reference, long, *flows, *masks, reference_ldr)
+    fused = fused_fuse(short, reference, long, flows[0], flows[1], masks[0], masks[1], reference_ldr)
     return fused, flows[0], flows[1], masks[0], masks[1]
 
 
@@ -152,7 +152,9 @@ def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7) -> Tens
     """Soft census (ternary) distance of two pictures, as a scalar (see safnet_ops.census_loss)."""
     kind = compute_type(prediction)
     radius = patch_size // 2
-    difference = _census_transform(prediction.to(kind), patch_size) - _census_transform(target.detach().to(kind), patch_size)
+    difference = _census_transform(prediction.to(kind), patch_size) - _census_transform(
+        target.detach().to(kind), patch_size
+    )
     squared = difference.square()
     distance = (squared / (CENSUS_KNEE + squared)).mean(1)
     height, width = distance.shape[1:]

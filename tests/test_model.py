@@ -95,6 +95,7 @@ def stages(state, exposures, full):
 
     extra = [flow0 / 20, flow2 / 20, m1, m3, fused]
     if full:
+
         def pair(name, x):
             return conv(state, f"refinenet.{name}.1", conv(state, f"refinenet.{name}.0", x))
 
@@ -141,7 +142,9 @@ def test_state_dict_names_are_the_published_ones():
     pairs = [f"encoder.pyramid{k}.{i}.{j}" for k in (1, 2, 3, 4) for i in (0, 1) for j in (0, 1)]
     decoder_names = [f"decoder.conv{k}.{j}" for k in range(1, 6) for j in (0, 1)] + ["decoder.conv6"]
     blocks = [f"refinenet.resblock{k}.{part}" for k in range(1, 6) for part in ("conv1.0", "conv1.1", "conv2", "prelu")]
-    full = [f"refinenet.conv{k}.{i}.{j}" for k in (0, 1, 2) for i in (0, 1) for j in (0, 1)] + blocks + ["refinenet.conv3"]
+    full = (
+        [f"refinenet.conv{k}.{i}.{j}" for k in (0, 1, 2) for i in (0, 1) for j in (0, 1)] + blocks + ["refinenet.conv3"]
+    )
     small = [f"refinenet.conv{k}.{j}" for k in range(1, 7) for j in (0, 1)] + ["refinenet.conv7"]
     for variant, refine in (("full", full), ("small", small)):
         names = {key.rsplit(".", 1)[0] for key in SAFNet(variant).state_dict()}

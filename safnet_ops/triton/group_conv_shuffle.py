@@ -476,7 +476,9 @@ def _weight_gradient(
     exact = is_exact(input)
     # Exact products keep both operands in registers: 32 x 32 of them spilled on sm_100.
     largest = (32, 16) if exact else (64, 64)
-    block_m, block_n = (max(16, min(triton.next_power_of_2(size), most)) for size, most in zip((rows, depth), largest, strict=True))
+    block_m, block_n = (
+        max(16, min(triton.next_power_of_2(size), most)) for size, most in zip((rows, depth), largest, strict=True)
+    )
     parts = 9 * groups * triton.cdiv(rows, block_m) * triton.cdiv(depth, block_n)
     pixels = batch * height * width
     run = triton.cdiv(triton.cdiv(pixels, max(1, FILL // parts)), CHUNK) * CHUNK

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from ops.support import DTYPES, KINDS, LAYOUTS, SIZES, TOLERANCE, assert_close, check_operator, off_grid
 
 import safnet_ops
-from ops.support import DTYPES, KINDS, LAYOUTS, SIZES, TOLERANCE, assert_close, check_operator, off_grid
 from safnet_ops import reference
 
 cpp = torch.ops.safnet_ops
@@ -37,7 +37,11 @@ def test_reference_equals_grid_sample():
 def test_matches_reference(kind, layout, size, poisoned):
     image, flow = make(size, kind=kind)
     out = check_operator(
-        safnet_ops.backward_warp, reference.backward_warp, (layout(image), layout(flow)), (True, True), TOLERANCE[kind[0]]
+        safnet_ops.backward_warp,
+        reference.backward_warp,
+        (layout(image), layout(flow)),
+        (True, True),
+        TOLERANCE[kind[0]],
     )
     assert out.dtype == kind[0]
 
@@ -196,8 +200,16 @@ def test_more_than_2_to_the_31_elements():
     ("arguments", "error", "message"),
     [
         ((1, torch.zeros(1, 2, 4, 5)), TypeError, "backward_warp: image must be a torch.Tensor, got int"),
-        ((torch.zeros(3, 4, 5), torch.zeros(1, 2, 4, 5)), ValueError, r"image must have 4 dimensions .* got shape \(3, 4, 5\)"),
-        ((torch.zeros(1, 3, 4, 5).int(), torch.zeros(1, 2, 4, 5)), TypeError, "image must be float32.* got torch.int32"),
+        (
+            (torch.zeros(3, 4, 5), torch.zeros(1, 2, 4, 5)),
+            ValueError,
+            r"image must have 4 dimensions .* got shape \(3, 4, 5\)",
+        ),
+        (
+            (torch.zeros(1, 3, 4, 5).int(), torch.zeros(1, 2, 4, 5)),
+            TypeError,
+            "image must be float32.* got torch.int32",
+        ),
         (
             (torch.zeros(1, 3, 4, 5), torch.zeros(1, 4, 5, 2)),
             ValueError,

@@ -4,9 +4,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from ops.support import KINDS, LAYOUTS, SIZES, TOLERANCE, assert_close, check_operator, off_grid
 
 import safnet_ops
-from ops.support import KINDS, LAYOUTS, SIZES, TOLERANCE, assert_close, check_operator, off_grid
 from safnet_ops import reference
 
 cpp = torch.ops.safnet_ops
@@ -253,17 +253,57 @@ def replaced(position, value):
     ("arguments", "options", "error", "message"),
     [
         (replaced(2, None), {}, TypeError, "fused_fuse: long must be a torch.Tensor, got NoneType"),
-        (replaced(1, torch.zeros(2, 3, 5, 7).half()), {}, TypeError, "reference must be torch.float32 like short, got torch.float16"),
-        (replaced(1, torch.zeros(2, 3, 5, 8)), {}, ValueError, r"reference must be .* = \(2, 3, 5, 7\), got \(2, 3, 5, 8\)"),
-        (replaced(3, torch.zeros(2, 5, 7, 2)), {}, ValueError, r"flow_short must be \(N, 2, H, W\) = \(2, 2, 5, 7\), got \(2, 5, 7, 2\)"),
-        (replaced(6, torch.zeros(2, 3, 5, 7)), {}, ValueError, r"mask_long must be \(N, 1, H, W\) = \(2, 1, 5, 7\), got"),
-        (replaced(5, torch.zeros(2, 1, 5, 7).double()), {}, TypeError, "mask_short must be float64 if and only if the image is"),
-        (replaced(7, torch.zeros(2, 1, 5, 7)), {}, ValueError, r"reference_ldr must be \(N, C, H, W\) = \(2, 3, 5, 7\)"),
+        (
+            replaced(1, torch.zeros(2, 3, 5, 7).half()),
+            {},
+            TypeError,
+            "reference must be torch.float32 like short, got torch.float16",
+        ),
+        (
+            replaced(1, torch.zeros(2, 3, 5, 8)),
+            {},
+            ValueError,
+            r"reference must be .* = \(2, 3, 5, 7\), got \(2, 3, 5, 8\)",
+        ),
+        (
+            replaced(3, torch.zeros(2, 5, 7, 2)),
+            {},
+            ValueError,
+            r"flow_short must be \(N, 2, H, W\) = \(2, 2, 5, 7\), got \(2, 5, 7, 2\)",
+        ),
+        (
+            replaced(6, torch.zeros(2, 3, 5, 7)),
+            {},
+            ValueError,
+            r"mask_long must be \(N, 1, H, W\) = \(2, 1, 5, 7\), got",
+        ),
+        (
+            replaced(5, torch.zeros(2, 1, 5, 7).double()),
+            {},
+            TypeError,
+            "mask_short must be float64 if and only if the image is",
+        ),
+        (
+            replaced(7, torch.zeros(2, 1, 5, 7)),
+            {},
+            ValueError,
+            r"reference_ldr must be \(N, C, H, W\) = \(2, 3, 5, 7\)",
+        ),
         (make()[:7], {}, ValueError, "give either reference_ldr or weights, got neither"),
         (make(), {"weights": make()[:3]}, ValueError, "give either reference_ldr or weights, got both"),
         (make()[:7], {"weights": make()[:2]}, ValueError, "weights must be three tensors .* got 2 of them"),
-        (make()[:7], {"weights": [torch.zeros(2, 2, 5, 7)] * 3}, ValueError, r"weights\[0\] must be \(N, C or 1, H, W\)"),
-        (make(), {"backend": "opencl"}, ValueError, "backend must be one of reference, cpp, cuda, triton, got 'opencl'"),
+        (
+            make()[:7],
+            {"weights": [torch.zeros(2, 2, 5, 7)] * 3},
+            ValueError,
+            r"weights\[0\] must be \(N, C or 1, H, W\)",
+        ),
+        (
+            make(),
+            {"backend": "opencl"},
+            ValueError,
+            "backend must be one of reference, cpp, cuda, triton, got 'opencl'",
+        ),
     ],
 )
 def test_errors(arguments, options, error, message):

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from ops.support import KINDS, LAYOUTS, TOLERANCE, assert_close
 
 import safnet_ops
-from ops.support import KINDS, LAYOUTS, TOLERANCE, assert_close
 from safnet_ops import reference
 
 cpp = torch.ops.safnet_ops
@@ -43,7 +43,9 @@ def test_reference_is_interpolate_sigmoid_and_fuse():
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matches_reference(kind, layout, poisoned):
-    results = check([layout(x) for x in make(kind=kind)], max(TOLERANCE[kind[0]], 0 if kind[0] == torch.float64 else 5e-5))
+    results = check(
+        [layout(x) for x in make(kind=kind)], max(TOLERANCE[kind[0]], 0 if kind[0] == torch.float64 else 5e-5)
+    )
     assert results[0].dtype == kind[0]
     assert all(result.dtype == (torch.float64 if kind[0] == torch.float64 else torch.float32) for result in results[1:])
 
