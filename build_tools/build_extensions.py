@@ -20,7 +20,6 @@ from build_tools import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-REPORT = ROOT / "safnet_ops" / "build_report.json"
 OLDEST_TORCH = "2.11"
 TARGET_VERSION = "0x020b000000000000"  # TORCH_TARGET_VERSION of OLDEST_TORCH: use nothing newer from its stable ABI
 
@@ -50,7 +49,7 @@ class BuildExtensions(build_ext):
         if reason:
             self._decide(f"not building the C++ kernels: {reason}; the PyTorch reference will serve all operators")
             self.extensions = []
-            _write_report(self.decisions, {"_C": reason})
+            self._write_report({"_C": reason})
             return
         modules = {extension.name: extension for extension in self.extensions}
         self._build_cpu(modules["safnet_ops._C"])
@@ -60,7 +59,7 @@ class BuildExtensions(build_ext):
             self.extensions = [modules["safnet_ops._C"]]
         else:
             self._build_cuda(modules["safnet_ops._C_cuda"])
-        _write_report(self.decisions, {"_C_cuda": reason} if reason else {})
+        self._write_report({"_C_cuda": reason} if reason else {})
 
     def _why_not(self) -> str | None:
         if os.environ.get("SAFNET_OPS_BUILD") == "0":
@@ -71,6 +70,12 @@ class BuildExtensions(build_ext):
         if self.compiler_path is None:
             return "no C++ compiler found (install g++ or clang++, or set CXX), then run pip install again"
         return None
+
+    def _write_report(self, missing: dict[str, str]) -> None:
+        """For `python -m safnet_ops.info`, beside the modules: what was decided, and why a module was not built."""
+        report = Path(self.get_ext_fullpath("safnet_ops._C")).with_name("build_report.json")
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({"decisions": self.decisions, "missing": missing}, indent=1) + "\n")
 
     def _decide(self, decision: str) -> None:
         self.decisions.append(decision)
@@ -94,7 +99,9 @@ class BuildExtensions(build_ext):
             *VECTOR_FLAGS,
         ]
         link_flags = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+        folder = f"cpu-{sys.implementation.cache_tag}"
         if os.environ.get("SAFNET_OPS_SANITIZE") == "1":
+            folder += "-sanitized"
             sanitizers = [
                 "-fsanitize=address,undefined",
                 "-fno-omit-frame-pointer",
@@ -119,7 +126,7 @@ class BuildExtensions(build_ext):
             flags.append("-DSAFNET_X86_VARIANTS=1")
         flags += [f"-I{CSRC}", *(f"-isystem{path}" for path in self._include_dirs())]
 
-        ninja = NinjaFile(ROOT / "build" / f"cpu-{sys.implementation.cache_tag}", self.compiler_path)
+        ninja = NinjaFile(ROOT / "build" / folder, self.compiler_path)
         objects = [ninja.compile(CSRC / "module.cpp", "module", flags)]
         # The baseline's objects come first: of a header's function that several of them hold, the linker keeps the first.
         for name, extra in variants.items():
@@ -262,8 +269,3 @@ def _shell(flag: str) -> str:
     import shlex
 
     return shlex.quote(flag).replace("$", "$$")
-
-
-def _write_report(decisions: list[str], missing: dict[str, str]) -> None:
-    """For `python -m safnet_ops.info`: what the build decided, and why a module was not built."""
-    REPORT.write_text(json.dumps({"decisions": decisions, "missing": missing}, indent=1) + "\n")
