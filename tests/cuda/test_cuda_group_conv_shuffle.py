@@ -70,7 +70,9 @@ def test_geometries(cuda, dtype, layout, case):
 @pytest.mark.parametrize("case", ["decoder", "stride 2", "refine"])
 def test_tf32_rounds_the_factors_only(cuda, monkeypatch, case, layout):
     monkeypatch.setenv("SAFNET_OPS_TF32", "1")
-    compare(*inputs(case, torch.float32, layout), slack=50)  # 10 bits of mantissa
+    values, geometry = inputs(case, torch.float32, layout)
+    # Without PReLU: where rounding changes the sign of a preactivation near zero, gradients differ by the whole step of the slope.
+    compare(values[:3], geometry, slack=50)  # 10 bits of mantissa
     assert cuda.saw("convolve_tensorIf")
 
 
