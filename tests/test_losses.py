@@ -65,5 +65,7 @@ def test_census_sees_structure_and_not_brightness():
     truth = torch.rand(1, 3, 24, 24, generator=random)
     brighter = (torch.expm1(tone_map(truth).mul(0.9).add(0.05) * 8.5174) / 5000).clamp(0, 1)
     shuffled = truth[:, :, torch.randperm(24, generator=random)]
-    assert census_loss(truth, truth) < 1e-12  # not exactly 0: compilers may fuse operations of the two pictures differently
+    assert (
+        census_loss(truth, truth) < 1e-12
+    )  # not exactly 0: compilers may fuse operations of the two pictures differently
     assert census_loss(brighter, truth) < 0.1 * census_loss(shuffled, truth)

@@ -71,7 +71,7 @@ def test_geometries(cuda, dtype, layout, case):
 def test_tf32_rounds_the_factors_only(cuda, monkeypatch, case, layout):
     monkeypatch.setenv("SAFNET_OPS_TF32", "1")
     values, geometry = inputs(case, torch.float32, layout)
-    # Without PReLU: where rounding changes the sign of a preactivation near zero, gradients differ by the whole step of the slope.
+    # Without PReLU: rounding may change the sign of a preactivation near zero, and gradients by the whole step of the slope.
     compare(values[:3], geometry, slack=50)  # 10 bits of mantissa
     assert cuda.saw("convolve_tensorIf")
 
