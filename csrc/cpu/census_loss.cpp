@@ -1,8 +1,9 @@
 // census_loss on the CPU: forward, and its gradient with respect to the prediction.
 //
-// A pixel's relation to a neighbour is minus the neighbour's relation to it, and their distances are equal: every pair of pixels is
-// computed once and counted for those of its two that are centres of whole windows. Blocks of rows are computed on their own, from
-// grey values held only for the block; the number of rows of a block is fixed, so that sums do not depend on the threads.
+// A pixel's relation to a neighbour is minus the neighbour's relation to it, and their distances are equal: every pair
+// of pixels is computed once and counted for those of its two that are centres of whole windows. Blocks of rows are
+// computed on their own, from grey values held only for the block; the number of rows of a block is fixed, so that sums
+// do not depend on the threads.
 
 #include "cpu/channels.h"
 #include "cpu/kernel.h"
@@ -14,9 +15,9 @@ constexpr int64_t kCensusRows = 32;  // of a block
 
 struct CensusArguments {
   View prediction, target;
-  View grad_prediction;  // backward only
-  double* sums;          // forward only, one per block
-  double scale;          // backward only: of all gradients of grey values
+  View grad_prediction;    // backward only
+  double* sums;            // forward only, one per block
+  double scale;            // backward only: of all gradients of grey values
   int64_t radius, blocks;  // blocks of one picture
 };
 
@@ -54,9 +55,9 @@ void load_grey(const View& picture, int64_t n, int64_t first, int64_t last, R* c
     }
 }
 
-// Calls visit(neighbour_y, offset_x, begin, end, weights) for the pairs of row y's pixels with pixels after them in raster order:
-// pixel x in [begin, end) and (neighbour_y, x + offset_x). weights[x] is how many of the two are centres of whole windows; pairs
-// with no centre are left out.
+// Calls visit(neighbour_y, offset_x, begin, end, weights) for the pairs of row y's pixels with pixels after them in
+// raster order: pixel x in [begin, end) and (neighbour_y, x + offset_x). weights[x] is how many of the two are centres
+// of whole windows; pairs with no centre are left out.
 template <class R, class Visit>
 SAFNET_INLINE void for_pairs(int64_t y, int64_t height, int64_t width, int64_t radius, R* weights, const Visit& visit) {
   const auto whole = [&](int64_t row) { return row >= radius && row < height - radius; };
@@ -86,7 +87,8 @@ void sum_blocks(const CensusArguments& a, int64_t begin, int64_t end) {
   const Scratch<R> prediction(held * width), target(held * width), channels(a.prediction.size[1] * 256);
   const Scratch<R> weights(width), sums(width);
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t n = block / a.blocks, first = block % a.blocks * kCensusRows, last = smaller(height, first + kCensusRows);
+    const int64_t n = block / a.blocks, first = block % a.blocks * kCensusRows,
+                  last = smaller(height, first + kCensusRows);
     const GreyRows<R> grey{prediction.data(), target.data(), first, width};
     load_grey(a.prediction, n, first, smaller(height, last + a.radius), channels.data(), grey.prediction);
     load_grey(a.target, n, first, smaller(height, last + a.radius), channels.data(), grey.target);
@@ -120,7 +122,8 @@ void gradient_blocks(const CensusArguments& a, int64_t begin, int64_t end) {
   const Scratch<R> weights(width), slopes(width), grads(held * width);
   const Scratch<const R*> rows(count);
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t n = block / a.blocks, first = block % a.blocks * kCensusRows, last = smaller(height, first + kCensusRows);
+    const int64_t n = block / a.blocks, first = block % a.blocks * kCensusRows,
+                  last = smaller(height, first + kCensusRows);
     // Pairs reach over both ends of the block; what they add to rows outside is dropped.
     const int64_t above = larger(0, first - a.radius), below = smaller(height, last + a.radius);
     const GreyRows<R> grey{prediction.data(), target.data(), above, width};
@@ -135,7 +138,8 @@ void gradient_blocks(const CensusArguments& a, int64_t begin, int64_t end) {
                   const R *pixel_b = grey.of_target(y), *neighbour_b = grey.of_target(neighbour_y) + dx;
                   R* const __restrict slope = slopes.data();
                   for (int64_t x = from; x < to; ++x)
-                    slope[x] = weight[x] * census_distance_slope(neighbour_a[x] - pixel_a[x], neighbour_b[x] - pixel_b[x]);
+                    slope[x] =
+                        weight[x] * census_distance_slope(neighbour_a[x] - pixel_a[x], neighbour_b[x] - pixel_b[x]);
                   R* const pixel = grads.data() + (y - above) * width;
                   for (int64_t x = from; x < to; ++x) pixel[x] -= slope[x];
                   R* const neighbour = grads.data() + (neighbour_y - above) * width + dx;
@@ -203,8 +207,9 @@ Tensor census_loss_backward(Tensor grad, Tensor prediction, Tensor target, int64
   a.grad_prediction = view(grad_prediction);
   a.scale = SAFNET_ISA::element<double>(grad.data_ptr(), 0, type_of(grad)) /
             (loss_divisor(prediction, patch_size) * static_cast<double>(prediction.size(1)));
-  torch::stable::parallel_for(0, prediction.size(0) * a.blocks, 1,
-                              [&](int64_t begin, int64_t end) { SAFNET_KERNEL(census_gradient_blocks)(a, begin, end); });
+  torch::stable::parallel_for(0, prediction.size(0) * a.blocks, 1, [&](int64_t begin, int64_t end) {
+    SAFNET_KERNEL(census_gradient_blocks)(a, begin, end);
+  });
   return grad_prediction;
 }
 

@@ -1,6 +1,8 @@
-// Moving pixels between tensors and packed rows of the computing type, one row a channel. Included by kernels only: see kernel.h.
+// Moving pixels between tensors and packed rows of the computing type, one row a channel. Included by kernels only: see
+// kernel.h.
 //
-// Everything behind works on packed float or double, so that only the functions here exist for every element type and layout.
+// Everything behind works on packed float or double, so that only the functions here exist for every element type and
+// layout.
 #pragma once
 
 #include <cstdlib>
@@ -40,13 +42,16 @@ SAFNET_INLINE bool channels_inside(const View& view) { return view.stride[1] == 
 constexpr int kSide = 8;  // of the squares that transposition goes by
 
 template <class T, class R>
-void load_channels_of(const View& view, const Span& span, int64_t first, int64_t channels, R* __restrict out, int64_t pitch) {
+void load_channels_of(const View& view, const Span& span, int64_t first, int64_t channels, R* __restrict out,
+                      int64_t pitch) {
   const T* source = row<T>(view, span.n, first, span.y) + span.x * view.stride[3];
   const int64_t stride = span.step * view.stride[3];
   if (!channels_inside(view)) {
     for (int64_t c = 0; c < channels; ++c, source += view.stride[1], out += pitch) {
       if (stride == 1)
         for (int64_t i = 0; i < span.pixels; ++i) out[i] = load(source[i]);
+      else if (stride == 2)  // spelt out, it vectorises
+        for (int64_t i = 0; i < span.pixels; ++i) out[i] = load(source[2 * i]);
       else
         for (int64_t i = 0; i < span.pixels; ++i) out[i] = load(source[i * stride]);
     }
@@ -107,9 +112,12 @@ void load_channels(const View& view, const Span& span, int64_t first, int64_t ch
 }
 
 void load_channels(const View& view, const Span& span, int64_t first, int64_t channels, float* out, int64_t pitch) {
-  if (view.type == Type::kFloat32) load_channels_of<float>(view, span, first, channels, out, pitch);
-  else if (view.type == Type::kFloat16) load_channels_of<Half>(view, span, first, channels, out, pitch);
-  else load_channels_of<BFloat16>(view, span, first, channels, out, pitch);
+  if (view.type == Type::kFloat32)
+    load_channels_of<float>(view, span, first, channels, out, pitch);
+  else if (view.type == Type::kFloat16)
+    load_channels_of<Half>(view, span, first, channels, out, pitch);
+  else
+    load_channels_of<BFloat16>(view, span, first, channels, out, pitch);
 }
 
 // Writes rows[c] to channel first + c * channel_step of a span.
@@ -120,28 +128,39 @@ void store_channels(const double* const* rows, int64_t channels, const View& vie
 
 void store_channels(const float* const* rows, int64_t channels, const View& view, const Span& span, int64_t first,
                     int64_t channel_step) {
-  if (view.type == Type::kFloat32) store_channels_of<float>(rows, channels, view, span, first, channel_step);
-  else if (view.type == Type::kFloat16) store_channels_of<Half>(rows, channels, view, span, first, channel_step);
-  else store_channels_of<BFloat16>(rows, channels, view, span, first, channel_step);
+  if (view.type == Type::kFloat32)
+    store_channels_of<float>(rows, channels, view, span, first, channel_step);
+  else if (view.type == Type::kFloat16)
+    store_channels_of<Half>(rows, channels, view, span, first, channel_step);
+  else
+    store_channels_of<BFloat16>(rows, channels, view, span, first, channel_step);
 }
 
 // One element of a tensor, `index` from its first.
 template <class R>
 R element(const void* data, int64_t index, Type type) {
   switch (type) {
-    case Type::kFloat32: return static_cast<R>(load(static_cast<const float*>(data)[index]));
-    case Type::kFloat64: return static_cast<R>(load(static_cast<const double*>(data)[index]));
-    case Type::kFloat16: return static_cast<R>(load(static_cast<const Half*>(data)[index]));
-    default: return static_cast<R>(load(static_cast<const BFloat16*>(data)[index]));
+    case Type::kFloat32:
+      return static_cast<R>(load(static_cast<const float*>(data)[index]));
+    case Type::kFloat64:
+      return static_cast<R>(load(static_cast<const double*>(data)[index]));
+    case Type::kFloat16:
+      return static_cast<R>(load(static_cast<const Half*>(data)[index]));
+    default:
+      return static_cast<R>(load(static_cast<const BFloat16*>(data)[index]));
   }
 }
 
 SAFNET_INLINE void set_element(void* data, int64_t index, Type type, double value) {
   switch (type) {
-    case Type::kFloat32: return store(static_cast<float>(value), static_cast<float*>(data)[index]);
-    case Type::kFloat64: return store(value, static_cast<double*>(data)[index]);
-    case Type::kFloat16: return store(static_cast<float>(value), static_cast<Half*>(data)[index]);
-    default: return store(static_cast<float>(value), static_cast<BFloat16*>(data)[index]);
+    case Type::kFloat32:
+      return store(static_cast<float>(value), static_cast<float*>(data)[index]);
+    case Type::kFloat64:
+      return store(value, static_cast<double*>(data)[index]);
+    case Type::kFloat16:
+      return store(static_cast<float>(value), static_cast<Half*>(data)[index]);
+    default:
+      return store(static_cast<float>(value), static_cast<BFloat16*>(data)[index]);
   }
 }
 

@@ -1,8 +1,10 @@
-// The convolution of one tile: packing, and a register-blocked multiply-add loop. Included by kernels only: see kernel.h.
+// The convolution of one tile: packing, and a register-blocked multiply-add loop. Included by kernels only: see
+// kernel.h.
 //
-// A tile is a rectangle of the output of one picture. Its input is packed as the computing type, one plane a channel with the zero
-// padding in place; then the loop runs over input channels and taps with a block of output channels times a strip of pixels in
-// registers. All that depends on stride, dilation or transposition is in the table of offsets that the loop reads.
+// A tile is a rectangle of the output of one picture. Its input is packed as the computing type, one plane a channel
+// with the zero padding in place; then the loop runs over input channels and taps with a block of output channels times
+// a strip of pixels in registers. All that depends on stride, dilation or transposition is in the table of offsets that
+// the loop reads.
 #pragma once
 
 #include "cpu/channels.h"
@@ -13,14 +15,15 @@ namespace safnet {
 constexpr int kMostTaps = 9;
 constexpr int kMostTileRows = 32;
 
-// Input position that a weight is multiplied with, minus in_stride times the output position; and which of the 3x3 weights it is.
+// Input position that a weight is multiplied with, minus in_stride times the output position; and which of the 3x3
+// weights it is.
 struct Tap {
   int64_t dy, dx;
   int64_t weight;
 };
 
-// What is multiplied: the taps, the output grid they are applied on, and its division into tiles. A tile has `tile_rows` rows,
-// `row_step` apart so that dilated taps share input rows, times `tile_columns` columns.
+// What is multiplied: the taps, the output grid they are applied on, and its division into tiles. A tile has
+// `tile_rows` rows, `row_step` apart so that dilated taps share input rows, times `tile_columns` columns.
 struct TapGrid {
   int32_t taps;
   Tap tap[kMostTaps];
@@ -50,24 +53,33 @@ constexpr int kBlock = 4;
 #endif
 constexpr int kStrip = 3;
 
-template <class R>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float Vector __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-};
-template <>
-struct Simd<double> {
-  typedef double Vector __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+template <class R, int Bytes = kVectorBytes>
+struct Simd {
+  typedef R Type __attribute__((vector_size(Bytes), aligned(sizeof(R)), may_alias));
 };
 template <class R>
-using Vector = typename Simd<R>::Vector;
+using Vector = typename Simd<R>::Type;
 template <class R>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(R));
 
-template <class R>
-SAFNET_INLINE Vector<R> vector_at(const R* source) {
-  return *reinterpret_cast<const Vector<R>*>(source);
+template <class R, int Bytes = kVectorBytes>
+SAFNET_INLINE typename Simd<R, Bytes>::Type vector_at(const R* source) {
+  return *reinterpret_cast<const typename Simd<R, Bytes>::Type*>(source);
+}
+
+// Sum of the Bytes / sizeof(R) numbers at `values`, which it overwrites: by halves while they are vectors.
+template <class R, int Bytes = kVectorBytes>
+SAFNET_INLINE R sum_of_lanes(R* values) {
+  constexpr int half = Bytes / 2 / static_cast<int>(sizeof(R));
+  if constexpr (Bytes > 16) {
+    *reinterpret_cast<typename Simd<R, Bytes / 2>::Type*>(values) =
+        vector_at<R, Bytes / 2>(values) + vector_at<R, Bytes / 2>(values + half);
+    return sum_of_lanes<R, Bytes / 2>(values);
+  } else if constexpr (half == 2) {
+    return (values[0] + values[2]) + (values[1] + values[3]);
+  } else {
+    return values[0] + values[1];
+  }
 }
 
 SAFNET_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -76,8 +88,11 @@ SAFNET_INLINE int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b
 // Channels of the next block when `left` remain.
 SAFNET_INLINE int64_t block_channels(int64_t left) { return left >= kBlock ? kBlock : left >= 4 ? 4 : left; }
 
-// Vectors of the next strip when `left` remain: 3, but two strips of 2 for 4, since a strip of 1 waits for its additions.
-SAFNET_INLINE int strip_vectors(int64_t left) { return left == 4 ? 2 : left < kStrip ? static_cast<int>(left) : kStrip; }
+// Vectors of the next strip when `left` remain: 3, but two strips of 2 for 4, since a strip of 1 waits for its
+// additions.
+SAFNET_INLINE int strip_vectors(int64_t left) {
+  return left == 4 ? 2 : left < kStrip ? static_cast<int>(left) : kStrip;
+}
 
 // Channels whose input strip and weights stay in the first-level cache together.
 SAFNET_INLINE int64_t channels_at_once(int64_t channels) {
@@ -124,32 +139,41 @@ SAFNET_INLINE void multiply_add(const Strip<R>& s) {
     for (int v = 0; v < N; ++v) *reinterpret_cast<Vector<R>*>(s.out + m * s.out_channel + v * kLanes<R>) = sum[m][v];
 }
 
+// Not inlined, so that its sums get all registers.
 template <class R, int M>
-void multiply_add(const Strip<R>& s, int vectors) {
-  if (vectors == 3) multiply_add<R, M, 3>(s);
-  else if (vectors == 2) multiply_add<R, M, 2>(s);
-  else multiply_add<R, M, 1>(s);
+__attribute__((noinline)) void multiply_add(const Strip<R>& s, int vectors) {
+  if (vectors == 3)
+    multiply_add<R, M, 3>(s);
+  else if (vectors == 2)
+    multiply_add<R, M, 2>(s);
+  else
+    multiply_add<R, M, 1>(s);
 }
 
 template <class R>
 SAFNET_INLINE void multiply_add(const Strip<R>& s, int64_t block, int vectors) {
   switch (block) {
-    case 1: return multiply_add<R, 1>(s, vectors);
-    case 2: return multiply_add<R, 2>(s, vectors);
-    case 3: return multiply_add<R, 3>(s, vectors);
-    case 4: return multiply_add<R, 4>(s, vectors);
-    default: return multiply_add<R, kBlock>(s, vectors);
+    case 1:
+      return multiply_add<R, 1>(s, vectors);
+    case 2:
+      return multiply_add<R, 2>(s, vectors);
+    case 3:
+      return multiply_add<R, 3>(s, vectors);
+    case 4:
+      return multiply_add<R, 4>(s, vectors);
+    default:
+      return multiply_add<R, kBlock>(s, vectors);
   }
 }
 
-// How the packed input of a tile lies in memory: [channel][slot][phase][column]. A slot is an input row; a phase holds every
-// in_stride-th column, so that neighbouring outputs read neighbouring numbers.
+// How the packed input of a tile lies in memory: [channel][slot][phase][column]. A slot is an input row; a phase holds
+// every in_stride-th column, so that neighbouring outputs read neighbouring numbers.
 struct TileLayout {
   int64_t slots, phases;
-  int64_t row_pitch, channel_pitch;             // of one phase of a slot; of one channel
-  int64_t first_column[kMostTaps];              // of a phase, minus in_stride times the tile's first column
-  int64_t slot_row[3 * kMostTileRows];          // input row of a slot, minus in_stride times the tile's first row
-  int32_t offset[kMostTileRows][kMostTaps];     // of a tap, for every row of the tile
+  int64_t row_pitch, channel_pitch;          // of one phase of a slot; of one channel
+  int64_t first_column[kMostTaps];           // of a phase, minus in_stride times the tile's first column
+  int64_t slot_row[3 * kMostTileRows];       // input row of a slot, minus in_stride times the tile's first row
+  int32_t offset[kMostTileRows][kMostTaps];  // of a tap, for every row of the tile
 };
 
 template <class R>
@@ -208,7 +232,7 @@ SAFNET_INLINE Place place_of(const TapGrid& grid, int64_t index) {
 // Packs channels [first, first + channels) of one tile's input, zeros where it leaves the picture.
 template <class R>
 void pack_tile(const View& input, const TapGrid& grid, const TileLayout& tile, const Place& place, int64_t first,
-                             int64_t channels, R* packed) {
+               int64_t channels, R* packed) {
   const int64_t stride = grid.in_stride, width = input.size[3];
   for (int64_t slot = 0; slot < tile.slots; ++slot) {
     const int64_t y = place.y * stride + tile.slot_row[slot];
@@ -240,7 +264,7 @@ struct Sums {
 // All output channels of one group for one tile, from its packed input and weights.
 template <class R>
 void convolve_tile(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* packed,
-                                 int64_t channels_in, int64_t channels_out, const R* weights, const R* bias, Sums<R> sums) {
+                   int64_t channels_in, int64_t channels_out, const R* weights, const R* bias, Sums<R> sums) {
   const int64_t part = channels_at_once(channels_in);
   const int64_t vectors = (place.columns + kLanes<R> - 1) / kLanes<R>;
   Strip<R> s;

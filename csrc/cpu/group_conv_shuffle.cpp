@@ -1,8 +1,9 @@
-// group_conv_shuffle on the CPU: 3x3 grouped convolution + bias + residual + PReLU + channel shuffle, and its gradients.
+// group_conv_shuffle on the CPU: 3x3 grouped convolution + bias + residual + PReLU + channel shuffle, and its
+// gradients.
 //
-// The gradient of the input is the same convolution with transposed weights, one for each phase of the stride. The gradient of the
-// weights is a correlation of the same packed tiles. Sums over pixels are cut into a number of parts that depends on the shapes
-// alone and are added in order, so that results do not depend on the number of threads.
+// The gradient of the input is the same convolution with transposed weights, one for each phase of the stride. The
+// gradient of the weights is a correlation of the same packed tiles. Sums over pixels are cut into a number of parts
+// that depends on the shapes alone and are added in order, so that results do not depend on the number of threads.
 
 #include "cpu/convolution.h"
 #include "cpu/kernel.h"
@@ -15,12 +16,12 @@ struct ConvolutionArguments {
   View residual, preactivation;  // of the output's shape; no data where absent
   const void *bias, *slope;      // one per output channel; null where absent
   int64_t bias_stride, slope_stride;
-  void* packed;                        // weights in the order in which the loop reads them
-  int64_t groups;                      // of channels_in input and channels_out output channels each
+  void* packed;    // weights in the order in which the loop reads them
+  int64_t groups;  // of channels_in input and channels_out output channels each
   int64_t channels_in, channels_out;
-  bool transposed;                     // exchange the weight's two channel dimensions
-  bool shuffled;                       // write output channels in shuffled order
-  int64_t out_stride, out_y, out_x;    // grid position (y, x) is written to out_stride * (y, x) + (out_y, out_x)
+  bool transposed;                   // exchange the weight's two channel dimensions
+  bool shuffled;                     // write output channels in shuffled order
+  int64_t out_stride, out_y, out_x;  // grid position (y, x) is written to out_stride * (y, x) + (out_y, out_x)
 };
 
 // The gradient before the activation, in the convolution's channel order, and its sums.
@@ -51,7 +52,8 @@ SAFNET_DECLARE(conv_reduce_weight_gradient, const WeightGradientArguments&, int6
 namespace safnet::SAFNET_ISA {
 namespace {
 
-// Packs the weights of input channels [begin, end) of every group: [group][block of output channels][channel][tap][in block].
+// Packs the weights of input channels [begin, end) of every group: [group][block of output channels][channel][tap][in
+// block].
 template <class R>
 void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
   R* packed = static_cast<R*>(a.packed);
@@ -67,7 +69,8 @@ void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
             const int64_t first = a.transposed ? g * a.channels_in + c : g * a.channels_out + o + m;
             const int64_t second = a.transposed ? o + m : c;
             const int64_t at = a.grid.tap[t].weight;
-            const int64_t index = first * w.stride[0] + second * w.stride[1] + at / 3 * w.stride[2] + at % 3 * w.stride[3];
+            const int64_t index =
+                first * w.stride[0] + second * w.stride[1] + at / 3 * w.stride[2] + at % 3 * w.stride[3];
             to[t * block + m] = element<R>(w.data, index, w.type);
           }
       }
@@ -86,12 +89,12 @@ struct Workspace {
 // Adds the residual, applies the activation and writes channels [first, first + channels) of one tile.
 template <class R>
 void finish_tile(const ConvolutionArguments& a, const Place& place, const Workspace<R>& work, int64_t first,
-                               int64_t channels) {
+                 int64_t channels) {
   const int64_t pitch = work.sums.row;
   const bool one_group = channels == a.channels_out;
   for (int64_t j = 0; j < place.rows; ++j) {
     const Span span{place.n, (place.y + j * a.grid.row_step) * a.out_stride + a.out_y, place.x * a.out_stride + a.out_x,
-                  a.out_stride, place.columns};
+                    a.out_stride, place.columns};
     R* const values = work.sums.data + j * pitch;
     for (int64_t c = 0; c < channels; ++c) {
       // In shuffled order channel c of the output is channel c / groups of group c % groups.
@@ -113,8 +116,10 @@ void finish_tile(const ConvolutionArguments& a, const Place& place, const Worksp
         R* sum = values + c * work.sums.channel;
         for (int64_t i = 0; i < place.columns; ++i) sum[i] = sum[i] > 0 ? sum[i] : sum[i] * slope;
       }
-    if (a.shuffled && one_group) store_channels(work.rows, channels, a.out, span, first / channels, a.groups);
-    else store_channels(work.rows, channels, a.out, span, first, 1);
+    if (a.shuffled && one_group)
+      store_channels(work.rows, channels, a.out, span, first / channels, a.groups);
+    else
+      store_channels(work.rows, channels, a.out, span, first, 1);
   }
 }
 
@@ -168,7 +173,8 @@ void activation_gradient(const ActivationGradientArguments& a, int64_t begin, in
   const int64_t parts = (height + a.rows_per_part - 1) / a.rows_per_part, group = channels / a.groups;
   const Scratch<R> grads(channels * kPixels), values(channels * kPixels), products(kPixels);
   const Scratch<const R*> rows(channels);
-  for (int64_t c = 0; c < channels; ++c)  // channel c of the convolution was written to channel c % group * groups + c / group
+  for (int64_t c = 0; c < channels;
+       ++c)  // channel c of the convolution was written to channel c % group * groups + c / group
     rows.data()[c] = grads.data() + (c % group * a.groups + c / group) * kPixels;
   for (int64_t part = begin; part < end; ++part) {
     double* sums = a.sums + part * channels * 2;
@@ -202,62 +208,55 @@ struct GradientTile {
   int64_t channel, row;
 };
 
-// sums[m][t] += sum over rows j and columns x of grad[m][j][x] * in[offset[j][t] + x], for M channels and N taps.
+// out[m][weight of tap t] += sum over rows j and columns x of grad[m][j][x] * in[offset[j][t] + x], for M channels and
+// N taps.
 template <class R, int M, int N>
-SAFNET_INLINE void correlate(const TileLayout& tile, const Place& place, const R* in, int first_tap, const GradientTile<R>& grad,
-                             R sums[M][N]) {
-  Vector<R> sum[M][N] = {};
+__attribute__((noinline)) void correlate(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
+                                         int first_tap, const GradientTile<R>& grad, R* out, int64_t out_channel) {
   const int64_t whole = place.columns / kLanes<R> * kLanes<R>;
+  R lane_numbers[kLanes<R>];
+  for (int lane = 0; lane < kLanes<R>; ++lane) lane_numbers[lane] = static_cast<R>(lane);
+  const auto exists = vector_at(lane_numbers) < static_cast<R>(place.columns - whole);
+  Vector<R> sum[M][N] = {};
   for (int64_t j = 0; j < place.rows; ++j) {
     const R* pixels[N];
     for (int t = 0; t < N; ++t) pixels[t] = in + tile.offset[j][first_tap + t];
     const R* grads = grad.data + j * grad.row;
-    for (int64_t x = 0; x < whole; x += kLanes<R>) {
-      Vector<R> p[N];
-      for (int t = 0; t < N; ++t) p[t] = vector_at(pixels[t] + x);
+    const auto add = [&](int64_t x, const Vector<R>* p) {
       for (int m = 0; m < M; ++m) {
         const Vector<R> g = vector_at(grads + m * grad.channel + x);
         for (int t = 0; t < N; ++t) sum[m][t] += g * p[t];
       }
+    };
+    Vector<R> p[N];
+    for (int64_t x = 0; x < whole; x += kLanes<R>) {
+      for (int t = 0; t < N; ++t) p[t] = vector_at(pixels[t] + x);
+      add(x, p);
     }
     if (whole == place.columns) continue;
     // Beyond the last column the gradient is packed as 0; the pixels must be 0 too, for 0 times infinity is not.
-    for (int t = 0; t < N; ++t) {
-      R last[kLanes<R>];
-      for (int64_t i = 0; i < kLanes<R>; ++i) last[i] = whole + i < place.columns ? pixels[t][whole + i] : R(0);
-      const Vector<R> p = vector_at(last);
-      for (int m = 0; m < M; ++m) sum[m][t] += vector_at(grads + m * grad.channel + whole) * p;
-    }
+    for (int t = 0; t < N; ++t) p[t] = exists ? vector_at(pixels[t] + whole) : Vector<R>{};
+    add(whole, p);
   }
+  alignas(64) R sums[M][N][kLanes<R>];
   for (int m = 0; m < M; ++m)
-    for (int t = 0; t < N; ++t) {
-      R total = 0;
-      for (int lane = 0; lane < kLanes<R>; ++lane) total += sum[m][t][lane];
-      sums[m][t] += total;
-    }
-}
-
-template <class R, int M, int N>
-void correlate_block(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
-                                               int first_tap, const GradientTile<R>& grad, R* out, int64_t out_channel) {
-  R sums[M][N] = {};
-  correlate<R, M, N>(tile, place, in, first_tap, grad, sums);
+    for (int t = 0; t < N; ++t) *reinterpret_cast<Vector<R>*>(sums[m][t]) = sum[m][t];
   for (int m = 0; m < M; ++m)
-    for (int t = 0; t < N; ++t) out[m * out_channel + grid.tap[first_tap + t].weight] += sums[m][t];
+    for (int t = 0; t < N; ++t) out[m * out_channel + grid.tap[first_tap + t].weight] += sum_of_lanes(sums[m][t]);
 }
 
 template <class R, int M>
 SAFNET_INLINE void correlate_taps(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
                                   const GradientTile<R>& grad, R* out, int64_t out_channel) {
   int t = 0;
-  for (; t + 3 <= grid.taps; t += 3) correlate_block<R, M, 3>(grid, tile, place, in, t, grad, out, out_channel);
-  for (; t < grid.taps; ++t) correlate_block<R, M, 1>(grid, tile, place, in, t, grad, out, out_channel);
+  for (; t + 3 <= grid.taps; t += 3) correlate<R, M, 3>(grid, tile, place, in, t, grad, out, out_channel);
+  for (; t < grid.taps; ++t) correlate<R, M, 1>(grid, tile, place, in, t, grad, out, out_channel);
 }
 
 // Correlates every input channel with every output channel of one group over one tile.
 template <class R>
-SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLayout& tile, const Place& place, const R* packed,
-                                  GradientTile<R> grad, R* out) {
+SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLayout& tile, const Place& place,
+                                  const R* packed, GradientTile<R> grad, R* out) {
   const int64_t out_channel = a.channels_in * 9, distance = grad.channel;
   for (int64_t o = 0, block; o < a.channels_out; o += block, grad.data += block * distance) {
     const int64_t left = a.channels_out - o;
@@ -266,10 +265,17 @@ SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLa
       const R* in = packed + c * tile.channel_pitch;
       R* to = out + o * out_channel + c * 9;
       switch (block) {
-        case 1: correlate_taps<R, 1>(a.grid, tile, place, in, grad, to, out_channel); break;
-        case 2: correlate_taps<R, 2>(a.grid, tile, place, in, grad, to, out_channel); break;
-        case 3: correlate_taps<R, 3>(a.grid, tile, place, in, grad, to, out_channel); break;
-        default: correlate_taps<R, 4>(a.grid, tile, place, in, grad, to, out_channel);
+        case 1:
+          correlate_taps<R, 1>(a.grid, tile, place, in, grad, to, out_channel);
+          break;
+        case 2:
+          correlate_taps<R, 2>(a.grid, tile, place, in, grad, to, out_channel);
+          break;
+        case 3:
+          correlate_taps<R, 3>(a.grid, tile, place, in, grad, to, out_channel);
+          break;
+        default:
+          correlate_taps<R, 4>(a.grid, tile, place, in, grad, to, out_channel);
       }
     }
   }
@@ -348,21 +354,28 @@ int64_t tile_count(const TapGrid& grid, int64_t pictures) {
   return pictures * grid.row_step * grid.row_tiles * grid.column_tiles;
 }
 
-// Cuts the grid into tiles whose packed input and sums fit the second-level cache, from the shapes alone.
+// Of a tile's packed input and sums: they stay in the second-level cache. A correlation reads its tile slowly enough
+// for the third level, and adds up its lanes once a tile: larger tiles are faster.
+constexpr int64_t kConvolvedBytes = 288 << 10, kCorrelatedBytes = 768 << 10;
+
+// Cuts the grid into tiles whose packed input and sums fit `bytes` of cache, from the shapes alone.
 // `channels_in` and `channels_held` are the channels of a tile's input and of its sums.
-void cut_into_tiles(TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_held, Type type) {
-  const int64_t numbers = (288 << 10) / (type == Type::kFloat64 ? 8 : 4);
+void cut_into_tiles(TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_held, Type type,
+                    int64_t bytes) {
+  const int64_t numbers = bytes / (type == Type::kFloat64 ? 8 : 4);
   const int64_t rows = divide_up(grid.height, grid.row_step);
   for (const int64_t widest : {96, 48}) {  // multiples of the strip widths of all instruction sets
     grid.column_tiles = divide_up(grid.width, widest);
     grid.tile_columns = divide_up(divide_up(grid.width, grid.column_tiles), 24) * 24;
     const int64_t halo = 2 * channels_in * grid.in_stride;
-    grid.tile_rows = (numbers / grid.tile_columns - halo) / (channels_in * grid.in_stride * grid.in_stride + channels_held);
+    grid.tile_rows =
+        (numbers / grid.tile_columns - halo) / (channels_in * grid.in_stride * grid.in_stride + channels_held);
     if (grid.tile_rows >= 4) break;
   }
   grid.tile_rows = std::clamp<int64_t>(grid.tile_rows, 1, std::min<int64_t>(kMostTileRows, rows));
   constexpr int64_t kEnoughTiles = 16;  // to occupy several threads
-  while (grid.tile_rows > 2 && pictures * grid.row_step * grid.column_tiles * divide_up(rows, grid.tile_rows) < kEnoughTiles)
+  while (grid.tile_rows > 2 &&
+         pictures * grid.row_step * grid.column_tiles * divide_up(rows, grid.tile_rows) < kEnoughTiles)
     grid.tile_rows = divide_up(grid.tile_rows, 2);
   grid.row_tiles = divide_up(rows, grid.tile_rows);
   grid.tile_rows = divide_up(rows, grid.row_tiles);
@@ -390,22 +403,25 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
 // Runs a convolution whose arguments are complete but for the tiles and the packed weights.
 void run(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
-  cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out, a.input.type);
+  cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
+                 a.input.type, kConvolvedBytes);
   const int64_t weights = a.groups * a.channels_out * a.channels_in * a.grid.taps;
   const Tensor packed = empty({weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   a.packed = packed.data_ptr();
   const auto split = [&](auto* kernel, int64_t count, int64_t grain) {
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   };
-  split(SAFNET_KERNEL(conv_pack_weights), a.channels_in, std::max<int64_t>(1, kPixelsPerTask * a.channels_in / (weights + 1)));
+  split(SAFNET_KERNEL(conv_pack_weights), a.channels_in,
+        std::max<int64_t>(1, kPixelsPerTask * a.channels_in / (weights + 1)));
   split(SAFNET_KERNEL(conv_tiles), tile_count(a.grid, a.input.size[0]), 1);
 }
 
 bool is_empty(const View& view) { return view.size[0] * view.size[1] * view.size[2] * view.size[3] == 0; }
 
 std::tuple<Tensor, Tensor> group_conv_shuffle(Tensor input, Tensor weight, std::optional<Tensor> bias,
-                                              std::optional<Tensor> prelu_weight, std::optional<Tensor> residual, int64_t groups,
-                                              int64_t stride, int64_t dilation, bool save_preactivation) {
+                                              std::optional<Tensor> prelu_weight, std::optional<Tensor> residual,
+                                              int64_t groups, int64_t stride, int64_t dilation,
+                                              bool save_preactivation) {
   const std::vector<int64_t> size{input.size(0), weight.size(0), divide_up(input.size(2), stride),
                                   divide_up(input.size(3), stride)};
   const ScalarType type = input.scalar_type();
@@ -456,22 +472,25 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   a.groups = groups, a.channels_in = input.size[1] / groups, a.channels_out = grad.size[1] / groups;
   a.out = grad_weight.data_ptr();
   a.grid = forward_grid(input, grad, stride, dilation);
-  cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type);
+  cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
   a.tiles = tile_count(a.grid, input.size[0]);
   const int64_t weights = grad_weight.numel();
   // Enough parts for many threads, in at most 4 million numbers.
   a.parts = std::clamp<int64_t>((4 << 20) / weights, 1, std::min<int64_t>(a.tiles, 64));
-  const Tensor partial = empty({a.parts, weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor partial =
+      empty({a.parts, weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   a.partial = partial.data_ptr();
   torch::stable::parallel_for(0, a.parts, 1,
                               [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_weight_gradient)(a, begin, end); });
-  torch::stable::parallel_for(0, weights, kPixelsPerTask,
-                              [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_reduce_weight_gradient)(a, begin, end); });
+  torch::stable::parallel_for(0, weights, kPixelsPerTask, [&](int64_t begin, int64_t end) {
+    SAFNET_KERNEL(conv_reduce_weight_gradient)(a, begin, end);
+  });
 }
 
-// Fills `out` (if it has elements) with the gradient before the activation, and the gradients of bias and slope with its sums.
-void activation_gradient(const Tensor& grad, const Tensor& preactivation, const std::optional<Tensor>& slope, const Tensor& out,
-                         const Tensor& grad_bias, const Tensor& grad_slope, int64_t groups) {
+// Fills `out` (if it has elements) with the gradient before the activation, and the gradients of bias and slope with
+// its sums.
+void activation_gradient(const Tensor& grad, const Tensor& preactivation, const std::optional<Tensor>& slope,
+                         const Tensor& out, const Tensor& grad_bias, const Tensor& grad_slope, int64_t groups) {
   ActivationGradientArguments a{};
   a.grad = view(grad);
   if (slope) a.preactivation = view(preactivation), a.slope = slope->data_ptr(), a.slope_stride = slope->stride(0);
@@ -482,12 +501,13 @@ void activation_gradient(const Tensor& grad, const Tensor& preactivation, const 
   const int64_t parts = grad.size(0) * divide_up(grad.size(2), a.rows_per_part);
   std::vector<double> sums(static_cast<size_t>(parts * channels * 2));
   a.sums = sums.data();
-  torch::stable::parallel_for(0, parts, 1,
-                              [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_activation_gradient)(a, begin, end); });
+  torch::stable::parallel_for(
+      0, parts, 1, [&](int64_t begin, int64_t end) { SAFNET_KERNEL(conv_activation_gradient)(a, begin, end); });
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < channels * 2; ++i) sums[i] += sums[part * channels * 2 + i];
   const auto write = [&](const Tensor& to, int64_t which) {
-    for (int64_t c = 0; c < to.numel(); ++c) SAFNET_ISA::set_element(to.data_ptr(), c, type_of(to), sums[2 * c + which]);
+    for (int64_t c = 0; c < to.numel(); ++c)
+      SAFNET_ISA::set_element(to.data_ptr(), c, type_of(to), sums[2 * c + which]);
   };
   write(grad_bias, 0);
   write(grad_slope, 1);

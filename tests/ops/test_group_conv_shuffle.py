@@ -215,10 +215,10 @@ def test_any_shape(data):
     check((layout(tensors[0]), *tensors[1:]), geometry, needed)
 
 
-@pytest.mark.parametrize("geometry", [(1, 2, 3, 1, 1), (2, 4, 4, 2, 1), (2, 2, 4, 1, 2), (1, 2, 2, 2, 3)], ids=str)
+@pytest.mark.parametrize("geometry", [(1, 2, 3, 1, 1), (2, 2, 2, 2, 1), (2, 2, 4, 1, 2), (1, 1, 2, 2, 3)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_gradcheck(geometry, layout):
-    input, *others = make((4, 5), 1, geometry, torch.float64)
+    input, *others = make((3, 4), 1, geometry, torch.float64)
     inputs = [value.requires_grad_() for value in (layout(input), *others)]
     operator = bound(safnet_ops.group_conv_shuffle, geometry)
     assert torch.autograd.gradcheck(operator, inputs)
