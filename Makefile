@@ -7,7 +7,7 @@ TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test bench lint sanitize gpu clean
+.PHONY: demo test bench lint gpu clean
 
 # One stamp a set of packages; a change of the build or of the native sources installs again.
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -42,12 +42,6 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) mypy
-
-# The CPU kernels under AddressSanitizer and UBSan; a test that compiles with torch.compile would run a compiler under them too.
-sanitize: $(VENV)/dev.stamp
-	SAFNET_OPS_SANITIZE=1 FORCE_CUDA=0 $(BIN)/python setup.py --quiet build_py --build-lib build/sanitized build_ext --build-lib build/sanitized
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(RUN) pytest -o pythonpath="tests build/sanitized" tests/ops -m "not slow" -k "not compile and not export"
 
 # On a machine with a GPU, with the Python, torch and nvcc that are there; needs no network and makes no .venv.
 gpu:
