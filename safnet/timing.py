@@ -1,5 +1,6 @@
 """What a model costs: time and memory on this machine, parameters, multiply-adds."""
 
+import gc
 import os
 import platform
 import statistics
@@ -104,6 +105,7 @@ def peak_memory_of(work: Callable[[], object], device: torch.device) -> int | No
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what is freed while `work` runs would hide as much of what it takes
     try:
         # Linux: 5 resets the process's high-water mark (proc_pid_clear_refs(5)).
         Path("/proc/self/clear_refs").write_text("5")
