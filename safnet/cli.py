@@ -1,13 +1,15 @@
 """The `safnet` command."""
 
+import inspect
 import resource
 import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -263,36 +265,71 @@ def synthesize(
     typer.echo(f"{count} scenes of {size[0]} x {size[1]}: {folder}")
 
 
-@app.command()
-def train(
-    scenes: Annotated[Path, typer.Argument(help="Folder of scenes in Kalantari17's layout.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; one that is there already is gone on with.")],
-    validation: Annotated[Path | None, typer.Option(help="Held-out scenes to score after every block.")] = None,
-    model: Annotated[Literal["small", "full"], typer.Option(help="SAFNet-S or SAFNet.")] = "small",
-    start: Annotated[Path | None, typer.Option(help="Weights to start from, where names and shapes fit.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps in all.")] = 20000,
-    block: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    batch: Annotated[int, typer.Option(help="Crops a step.")] = 4,
-    crop: Annotated[int, typer.Option(help="Side of the crops, a multiple of 32.")] = 256,
-    window: Annotated[int, typer.Option(help="Side of the part of each crop that is refined.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, after the warm-up; falls on a cosine.")] = 5e-4,
-    warm_up: Annotated[int, typer.Option(help="Steps until the learning rate is reached.")] = 100,
-    census: Annotated[float, typer.Option(help="Weight of the census loss, 0 for none.")] = 1.0,
-    flow: Annotated[float, typer.Option(help="Weight of the true flow where scenes have it, 0 for none.")] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, crops and augmentation.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads, 0 for all cores.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that read scenes.")] = 0,
-) -> None:
-    """Train a model; a run that was stopped goes on with the same command."""
-    options = dict(locals())
+def _read_settings(context: typer.Context, name: str | None) -> str | None:
+    """Make a configuration file's values the defaults of the command's options."""
+    if name is not None:
+        from safnet.train_settings import option, read_configuration
+
+        with _one_line_errors():
+            values = read_configuration(name)
+            parameters: list[Any] = context.command.params
+            for parameter in parameters:
+                if parameter.name in values:
+                    try:
+                        parameter.type_cast_value(context, values[parameter.name])
+                    except typer.BadParameter as error:
+                        raise ValueError(f"--config {name}: {option(parameter.name)}: {error.message}") from error
+        context.default_map = values
+    return name
+
+
+def train(config: str | None = None, **options: Any) -> None:
+    """Train a model; a run that was stopped goes on with the same command.
+
+    All options may also stand in a YAML file that --config names; those on the command line win.
+    """
     with _one_line_errors():
+        from safnet.train_settings import TrainSettings
+
         try:
-            from safnet.train import TrainSettings
             from safnet.train import train as run
         except ImportError as error:
             raise ValueError(f"training needs more packages ({error}); pip install 'safnet-ops[train]'") from error
-        weights = run(TrainSettings(**options), progress_bar=sys.stderr.isatty())
-    typer.echo(f"{steps} steps: {weights}")
+        settings = TrainSettings(**options)
+        finished = run(settings)
+    if finished.signal:
+        typer.echo(f"stopped and saved at step {finished.steps}; the same command goes on", err=True)
+        raise typer.Exit(128 + finished.signal)
+    typer.echo(f"{finished.steps} steps: {settings.out / 'model.safetensors'}")
+
+
+def _offer_settings(command: Any) -> None:
+    """Give a command `config` and an option for each training setting, and make it part of the app."""
+    from safnet.train_settings import TrainSettings
+
+    hints = get_type_hints(TrainSettings, include_extras=True)
+    annotations: dict[str, Any] = {
+        "config": Annotated[
+            str | None,
+            typer.Option(callback=_read_settings, is_eager=True, help="YAML file, or name of a shipped configuration."),
+        ]
+    }
+    defaults: dict[str, Any] = {"config": None}
+    for field in fields(TrainSettings):
+        kind, explained = get_args(hints[field.name])
+        annotations[field.name] = Annotated[kind, typer.Option(help=explained.text, rich_help_panel=explained.group)]
+        defaults[field.name] = inspect.Parameter.empty if field.default is MISSING else field.default
+    command.__annotations__ = annotations
+    command.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=defaults[name])
+            for name, kind in annotations.items()
+        ]
+    )
+    app.command()(command)
+
+
+_offer_settings(train)
 
 
 def _check_destinations(

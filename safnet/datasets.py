@@ -7,6 +7,7 @@ where 1 is its clipping point. Scenes are listed first and read one at a time, s
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -55,6 +56,14 @@ class SceneFiles:
         """All files that `load_scene` reads."""
         return [path for path in (*self.frames, self.exposures, self.truth, self.scale, self.flow) if path is not None]
 
+    def check(self) -> None:
+        """Raise DatasetError, naming the file, when one is missing or there are not three frames."""
+        for path in self.paths():
+            if not path.is_file():
+                raise DatasetError(f"scene {self.name}: {path} does not exist")
+        if len(self.frames) != 3:
+            raise DatasetError(f"scene {self.name} must have three frames, got {len(self.frames)}")
+
 
 class Sample(NamedTuple):
     """A scene in memory.
@@ -91,13 +100,26 @@ def find_scenes(dataset: DatasetName, root: Path, split: Split = "Test") -> list
     return scenes
 
 
+def in_all_orders(scenes: Sequence[SceneFiles]) -> list[SceneFiles]:
+    """Each scene of Challenge123 in all six orders of exposure: every exposure was taken at each of three moments.
+
+    Truth and exposures are those of the moment at which the reference is taken.
+    """
+    orders = []
+    for scene in scenes:
+        moments = [path.parent for path in scene.frames]
+        for order in permutations(range(3)):
+            frames = tuple(moments[k] / path.name for k, path in zip(order, scene.frames, strict=True))
+            reference = moments[order[1]]
+            assert scene.exposures is not None
+            files = reference / scene.exposures.name, reference / scene.truth.name
+            orders.append(SceneFiles(f"{scene.name} {''.join(str(k + 1) for k in order)}", frames, *files))
+    return orders
+
+
 def load_scene(files: SceneFiles) -> Sample:
     """Read one scene. Raises DatasetError, naming the file, for one that is missing, unreadable, misfit or NaN."""
-    for path in files.paths():
-        if not path.is_file():
-            raise DatasetError(f"scene {files.name}: {path} does not exist")
-    if len(files.frames) != 3:
-        raise DatasetError(f"scene {files.name} must have three frames, got {len(files.frames)}")
+    files.check()
     try:
         evs = _read_evs(files)
         pictures = [read_ldr(path) for path in files.frames]

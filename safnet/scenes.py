@@ -261,16 +261,22 @@ def _project(homography: Tensor, position: Tensor) -> Tensor:
 # ---- drawing a scene -------------------------------------------------------------------------------------------------
 
 
-def synthesize_scene(panoramas: Sequence[Panorama], settings: SceneSettings, seed: int, index: int = 0) -> Scene:
-    """Draw one scene; the same seed, index, settings and panoramas give the same scene."""
+def synthesize_scene(
+    panoramas: Sequence[Panorama], settings: SceneSettings, seed: int, index: int = 0, *, reverse: bool = False
+) -> Scene:
+    """Draw one scene; the same seed, index, settings and panoramas give the same scene.
+
+    With `reverse` the exposures are taken in reversed order: the long one first, while everything moves the same way.
+    """
     random = np.random.default_rng([seed, index])
     background = _draw_background(random, panoramas, settings)
     pieces = _draw_objects(random, panoramas, settings, background)
-    views = [_render(background, pieces, frame, settings) for frame in range(3)]
+    moments = (2, 1, 0) if reverse else (0, 1, 2)  # of the short, reference and long exposure
+    views = [_render(background, pieces, moment, settings) for moment in moments]
     cast = _draw_cast(random)
     radiance = [view * cast for view, _ in views]
     frames, evs, truth = _expose(random, radiance, settings)
-    flow, visible = _true_flow(background, pieces, [labels for _, labels in views])
+    flow, visible = _true_flow(background, pieces, [labels for _, labels in views], moments)
     return Scene(frames, evs, truth, flow, visible)
 
 
@@ -448,15 +454,17 @@ def _render(
     return radiance, labels
 
 
-def _true_flow(background: Background, pieces: Sequence[Piece], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _true_flow(
+    background: Background, pieces: Sequence[Piece], labels: Sequence[Tensor], moments: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     height, width = labels[1].shape
     position = _pixels(height, width)
     flows, visible = [], []
     for frame in (0, 2):
-        target = background.move(frame, position)
+        target = background.move(moments[frame], position)
         for label, piece in enumerate(pieces, 1):
             shown = labels[1] == label
-            target[shown] = piece.move(frame, position[shown])
+            target[shown] = piece.move(moments[frame], position[shown])
         x, y = target.unbind(-1)
         inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
         seen = labels[frame][y.round().clamp(0, height - 1).long(), x.round().clamp(0, width - 1).long()]

@@ -1,382 +1,347 @@
-"""Training on scenes in Kalantari17's layout, as `safnet synthesize` writes them.
+"""Training a SAFNet: what a step does, and a run from its settings to its weights.
 
-What a step sees depends on its number and the seed alone, and checkpoints lie between blocks of steps: a run that is
-killed and started again goes on as if nothing had happened. The weights to keep are the moving average of the trained
-ones.
+What a step sees depends on its number and the seed alone, so that a run that is killed and started again goes on from its
+last checkpoint as if nothing had happened. The weights to keep are the moving average of the trained ones.
 """
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
-import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import safnet_ops
-from safnet.datasets import DatasetError, SceneFiles, find_scenes, load_scene
+from safnet.ablation import ablate
+from safnet.datasets import SceneFiles, find_scenes
 from safnet.losses import census_loss, flow_loss, picture_loss
 from safnet.metrics import psnr_l, psnr_mu
-from safnet.model import Alignment, Fusion, SAFNet, Variant
-from safnet.radiance import exposure_input, exposure_ratios
-from safnet.weights import load_model, save_model
+from safnet.model import Alignment, Fusion, SAFNet
+from safnet.perceptual import VGG16, load_vgg16, perceptual_loss
+from safnet.radiance import tone_map
+from safnet.train_callbacks import CHECKPOINT, METRICS, Keeper, MetricsFile, ProgressLine, Strip
+from safnet.train_data import Crop, Scenes, Whole, load_crops, open_scenes
+from safnet.train_settings import (
+    CHANGEABLE,
+    CONFIGURATION,
+    TrainingError,
+    TrainSettings,
+    check_values,
+    option,
+    write_configuration,
+)
+from safnet.weights import load_model
+from safnet.windows import cut_windows, unpartition
 
 SCALE = 0.5  # of the sides at which flow and mask are estimated
-CROP_MULTIPLE = 32  # so that the halved crop has whole cells at every level
-CHECKPOINT = "last.ckpt"
-CHANGEABLE = ("steps", "threads", "workers", "out", "scenes", "validation")  # options that a resumed run may change
+PRECISIONS: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+LOSSES = ("refined", "perceptual", "fused", "census", "flow")
+SCORES = ("fused_psnr_mu", "fused_psnr_l", "refined_psnr_mu", "refined_psnr_l")
+PRELU_SLOPE = 0.25  # with which torch begins
 
 
-class TrainingError(ValueError):
-    """An option, or a folder, with which no training can start."""
+class Finished(NamedTuple):
+    """How a run ended: after all its steps, or before by a signal, whose number that is, else 0."""
+
+    steps: int
+    signal: int
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a model is trained.
+def train(settings: TrainSettings, *, quiet: bool = False) -> Finished:
+    """Train, or go on with the run that `settings.out` holds.
 
-    Attributes:
-        scenes: folder in Kalantari17's layout.
-        out: folder of the run: last.ckpt, model.safetensors (moving average), metrics.csv.
-        validation: folder of held-out scenes that are scored after every block; None for none.
-        model: "small" or "full".
-        start: weights to start from; tensors that fit by name and shape are taken. None for a fresh model.
-        steps: in all; the learning rate falls on a cosine to FLOOR of itself at the last one.
-        block: steps between checkpoints.
-        batch: crops a step.
-        crop: side of the crops, a multiple of 32.
-        window: side of the part of each crop that is refined; smaller is faster.
-        learning_rate: of Adam, after `warm_up` steps.
-        census, flow: weights of the explicit fusion's census loss, and of the true flow where the scenes have it.
-        seed: of weights, crops and augmentation.
-        threads: CPU threads, 0 for torch's choice. workers: processes that read scenes, 0 for none.
-    """
-
-    scenes: Path
-    out: Path
-    validation: Path | None = None
-    model: Variant = "small"
-    start: Path | None = None
-    steps: int = 20000
-    block: int = 100
-    batch: int = 4
-    crop: int = 256
-    window: int = 128
-    learning_rate: float = 5e-4
-    warm_up: int = 100
-    census: float = 1.0
-    flow: float = 0.01
-    seed: int = 0
-    threads: int = 0
-    workers: int = 0
-
-
-FLOOR = 0.02  # last learning rate over the first
-FUSED_WEIGHT = 0.1  # of the explicit fusion's loss beside the refined result's
-GRADIENT_NORM = 0.5
-AVERAGE_DECAY = 0.998
-
-
-def train(settings: TrainSettings, *, progress_bar: bool = True) -> Path:
-    """Train, or go on with the run that `settings.out` holds; returns the path of the model's weights.
+    Its folder then has last.ckpt, model.safetensors (the moving average), config.yaml, metrics.csv, and with validation
+    scenes validation.png. With `quiet` nothing is printed.
 
     Raises:
-        TrainingError, DatasetError: a setting or a scene folder is not usable; nothing was written then.
+        TrainingError, DatasetError, SceneError, WeightsError: a setting or a folder is not usable; nothing was written.
     """
-    scenes, held_out = check(settings)
+    check_values(settings)
+    machine = _check_machine(settings)
+    vgg16 = load_vgg16(settings.vgg16) if settings.perceptual_weight else None
+    start = load_model(settings.start) if settings.start is not None else None
+    step = _check_resumable(settings)
+    scenes = open_scenes(settings)
+    held_out = find_scenes(settings.dataset, settings.validation, "Test") if settings.validation else []
+    for files in held_out:
+        files.check()
+
     if settings.threads:
         torch.set_num_threads(settings.threads)
     lightning.seed_everything(settings.seed, verbose=False)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    module = Training(settings, scenes, held_out)
-    checkpoint = settings.out / CHECKPOINT
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    callbacks: list[Callback] = [Keeper(settings)]
-    if progress_bar:
-        callbacks.append(RichProgressBar(leave=True))
+    module = Training(settings, scenes, held_out, vgg16, start)
+    keeper = Keeper(settings)
+    callbacks: list[Callback] = [keeper, ProgressLine(settings, quiet)]
+    if held_out:
+        callbacks.append(Strip(settings.out))
+    settings.out.mkdir(parents=True, exist_ok=True)
     trainer = lightning.Trainer(
-        max_epochs=settings.steps // settings.block,
-        reload_dataloaders_every_n_epochs=1,
+        **machine,
+        max_steps=settings.steps,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=settings.validate_every,
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if held_out else 0,
-        log_every_n_steps=min(10, settings.block),
-        logger=CSVLogger(settings.out, name="", version=""),
+        log_every_n_steps=min(10, settings.validate_every),
+        logger=_loggers(settings, step),
         callbacks=callbacks,
-        enable_progress_bar=progress_bar,
+        enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=settings.out,
         use_distributed_sampler=False,
     )
-    with warnings.catch_warnings():
+    if trainer.is_global_zero:
+        write_configuration(settings, settings.out / CONFIGURATION)
+    with keeper, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(does not have many workers|experiment logs directory).*")
-        trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
-    return settings.out / "model.safetensors"
+        trainer.fit(module, ckpt_path=settings.out / CHECKPOINT if step else None, weights_only=False)
+        if held_out and not keeper.stopped and settings.steps % settings.validate_every:
+            trainer.validate(module, verbose=False)
+    return Finished(trainer.global_step, keeper.stopped)
 
 
-def check(settings: TrainSettings) -> tuple[list[SceneFiles], list[SceneFiles]]:
-    """Training and validation scenes, or an error that names the option at fault."""
-    for name in ("steps", "block", "batch"):
-        if getattr(settings, name) < 1:
-            raise TrainingError(f"--{name} must be at least 1, got {getattr(settings, name)}")
-    if settings.steps % settings.block:
-        raise TrainingError(f"--steps must be a multiple of --block {settings.block}, got {settings.steps}")
-    if settings.crop < CROP_MULTIPLE or settings.crop % CROP_MULTIPLE:
-        raise TrainingError(f"--crop must be a multiple of {CROP_MULTIPLE}, got {settings.crop}")
-    if not 1 <= settings.window <= settings.crop:
-        raise TrainingError(f"--window must be from 1 to --crop {settings.crop}, got {settings.window}")
-    if not 0 < settings.learning_rate < 1:
-        raise TrainingError(f"--learning-rate must be between 0 and 1, got {settings.learning_rate}")
-    for name in ("census", "flow", "warm_up", "threads", "workers"):
-        if getattr(settings, name) < 0:
-            raise TrainingError(f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
-    if settings.out.exists() and not settings.out.is_dir():
-        raise TrainingError(f"--out {settings.out} is not a folder")
-    if settings.start is not None:
-        load_model(settings.start)
-    checkpoint = settings.out / CHECKPOINT
-    if checkpoint.exists():
-        _check_resumable(settings, torch.load(checkpoint, weights_only=False, map_location="cpu", mmap=True))
-    scenes = find_scenes("kalantari17", settings.scenes, "Training")
-    first = load_scene(scenes[0]).truth
-    if min(first.shape[1:]) < settings.crop:
-        raise TrainingError(
-            f"--crop must fit the scenes, which are {first.shape[2]}x{first.shape[1]}, got {settings.crop}"
-        )
-    held_out = find_scenes("kalantari17", settings.validation, "Test") if settings.validation else []
-    return scenes, held_out
+def _check_machine(settings: TrainSettings) -> dict[str, Any]:
+    """What Lightning's Trainer needs to know of the machine, after a check of what it has."""
+    gpus = torch.cuda.device_count()
+    device = settings.device if settings.device != "auto" else ("cuda" if gpus else "cpu")
+    if device == "cuda" and settings.devices > gpus:
+        raise TrainingError(f"--devices must be at most the {gpus} GPUs of this machine, got {settings.devices}")
+    if device == "cpu" and settings.precision == "float16":
+        raise TrainingError("--precision float16 needs a GPU, got --device cpu; bfloat16 works on both")
+    strategies = ("auto", *StrategyRegistry.available_strategies())
+    if settings.strategy not in strategies:
+        raise TrainingError(f"--strategy must be one of {', '.join(strategies)}, got {settings.strategy!r}")
+    return {
+        "accelerator": device,
+        "devices": settings.devices,
+        "num_nodes": settings.nodes,
+        "strategy": settings.strategy,
+        "precision": PRECISIONS[settings.precision],
+    }
 
 
-def _check_resumable(settings: TrainSettings, checkpoint: dict[str, Any]) -> None:
-    before = checkpoint["settings"]
-    for name, value in vars(settings).items():
-        if name not in CHANGEABLE and name in before and before[name] != value:
-            option = f"--{name.replace('_', '-')}"
+def _check_resumable(settings: TrainSettings) -> int:
+    """The step that the run in `settings.out` has reached, 0 for a new one."""
+    path = settings.out / CHECKPOINT
+    if not path.exists():
+        return 0
+    checkpoint = torch.load(path, weights_only=False, map_location="cpu", mmap=True)
+    for name, before in checkpoint["settings"].items():
+        value = getattr(settings, name, before)
+        if name not in CHANGEABLE and before != value:
             raise TrainingError(
-                f"{option} must stay {before[name]} to go on with {settings.out}, got {value}; "
+                f"{option(name)} must stay {before} to go on with {settings.out}, got {value}; "
                 "use another --out for a new run"
             )
-    if checkpoint["global_step"] > settings.steps:
-        done = f"the {checkpoint['global_step']} done in {settings.out}"
-        raise TrainingError(f"--steps must be at least {done}, got {settings.steps}")
+    step = int(checkpoint["global_step"])
+    if step > settings.steps:
+        raise TrainingError(f"--steps must be at least the {step} done in {settings.out}, got {settings.steps}")
+    return step
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+def _loggers(settings: TrainSettings, step: int) -> list[Logger]:
+    columns = ("loss", *(f"loss/{name}" for name in LOSSES), *(f"validation/{name}" for name in SCORES))
+    loggers: list[Logger] = [MetricsFile(settings.out / METRICS, step, (*columns, "samples_per_second"))]
+    try:
+        loggers.append(TensorBoardLogger(settings.out, name="", version="tensorboard"))
+    except ModuleNotFoundError:  # it is as good as all of what TensorBoard shows lies in files, too
+        logging.getLogger(__name__).info("tensorboard is not installed")
+    return loggers
 
 
-class Crop(NamedTuple):
-    """A training example, batched by the loader.
-
-    exposures: (3, 6, h, w) network input; truth: (3, h, w); flow: (2, 2, h, w); visible: (2, h, w), nowhere true when
-    the scene has no true flow; window: (2,) top left corner of the refined part.
-    """
-
-    exposures: Tensor
-    truth: Tensor
-    flow: Tensor
-    visible: Tensor
-    window: Tensor
+# ---- the weights at the start ----------------------------------------------------------------------------------------
 
 
-class Crops(Dataset[Crop]):
-    """Augmented crops; crop number k of a run is the same whenever and wherever it is drawn."""
-
-    def __init__(self, scenes: Sequence[SceneFiles], settings: TrainSettings, first: int, count: int) -> None:
-        self.scenes, self.settings, self.first, self.count = scenes, settings, first, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Crop:
-        settings = self.settings
-        random = np.random.default_rng([settings.seed, self.first + index])
-        files = self.scenes[int(random.integers(len(self.scenes)))]
-        sample = load_scene(files)
-        height, width = sample.truth.shape[1:]
-        if min(height, width) < settings.crop:
-            raise DatasetError(f"scene {files.name} must hold a crop of {settings.crop}, it is {width}x{height}")
-        top, left = (int(random.integers(side - settings.crop + 1)) for side in (height, width))
-        area = (..., slice(top, top + settings.crop), slice(left, left + settings.crop))
-        flow, visible = _true_flow(files, sample.flow, (height, width))
-        parts = augment(random, sample.frames[area], sample.truth[area], flow[area], visible[area])
-        frames, truth, flow, visible = (part.contiguous() for part in parts)
-        ratios = exposure_ratios(sample.evs)
-        exposures = [exposure_input(frame[None], ratio)[0] for frame, ratio in zip(frames, ratios, strict=True)]
-        window = torch.from_numpy(random.integers(0, settings.crop - settings.window + 1, 2))
-        return Crop(torch.stack(exposures), truth.clamp(0, 1), flow, visible, window)
-
-
-def _true_flow(files: SceneFiles, flow: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    if flow is None or files.flow is None:
-        return torch.zeros(2, 2, *size), torch.zeros(2, *size, dtype=torch.bool)
-    mask = files.flow.with_name("visible.npy")
-    visible = torch.from_numpy(np.load(mask)) if mask.is_file() else torch.ones(2, *size, dtype=torch.bool)
-    return flow, visible
-
-
-def augment(random: np.random.Generator, frames: Tensor, truth: Tensor, flow: Tensor, visible: Tensor) -> list[Tensor]:
-    """Flips, transposition and permuted colours, at random; the flow's components follow."""
-    colours = torch.from_numpy(random.permutation(3))
-    parts = [frames[:, colours], truth[colours], flow, visible]
-    for axis in (-1, -2):
-        if random.random() < 0.5:
-            sign = torch.tensor([-1.0, 1.0] if axis == -1 else [1.0, -1.0]).view(1, 2, 1, 1)
-            parts = [part.flip(axis) for part in parts]
-            parts[2] = parts[2] * sign
-    if random.random() < 0.5:
-        parts = [part.transpose(-1, -2) for part in parts]
-        parts[2] = parts[2].flip(1)
-    return parts
-
-
-class Whole(Dataset[tuple[Tensor, Tensor]]):
-    """Validation scenes whole: network input (3, 6, H, W) and truth (3, H, W)."""
-
-    def __init__(self, scenes: Sequence[SceneFiles]) -> None:
-        self.scenes = scenes
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        sample = load_scene(self.scenes[index])
-        pairs = zip(sample.frames, exposure_ratios(sample.evs), strict=True)
-        return torch.stack([exposure_input(frame[None], ratio)[0] for frame, ratio in pairs]), sample.truth.clamp(0, 1)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def fresh_model(variant: Variant) -> SAFNet:
+def fresh_model(settings: TrainSettings) -> SAFNet:
     """A model whose flows and residual are 0 and masks one half, so that training starts at the unaligned merge."""
-    model = SAFNet(variant)
-    for name in ("decoder.conv6", "refinenet.conv7" if variant == "small" else "refinenet.conv3"):
-        layer: Any = model.get_submodule(name)
+    model = SAFNet(settings.model)
+    if settings.kaiming:
+        for module in (*model.encoder.modules(), *model.decoder.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, PRELU_SLOPE)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+    layers: tuple[Any, Any] = model.decoder.conv6, last_refine_layer(model)
+    for layer in layers:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return model
 
 
-def _take_fitting(model: SAFNet, start: Path) -> None:
+def last_refine_layer(model: SAFNet) -> Any:
+    """The refine module's layer whose output is the residual."""
+    return model.refinenet.conv7 if model.variant == "small" else model.refinenet.conv3
+
+
+def take_fitting(model: SAFNet, start: SAFNet) -> None:
+    """Copy all tensors of `start` that fit by name and shape."""
     state = model.state_dict()
-    given = load_model(start).state_dict()
-    model.load_state_dict({**state, **{k: v for k, v in given.items() if k in state and v.shape == state[k].shape}})
+    fitting = {k: v for k, v in start.state_dict().items() if k in state and v.shape == state[k].shape}
+    model.load_state_dict({**state, **fitting})
 
 
-def _average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor) -> None:
-    """Exponential moving average that forgets the first steps faster."""
-    decay = min(AVERAGE_DECAY, float(count) / (float(count) + 20))
-    torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
+# ---- steps -----------------------------------------------------------------------------------------------------------
 
 
 class Training(lightning.LightningModule):
     """SAFNet, its moving average, and what a step does."""
 
-    def __init__(self, settings: TrainSettings, scenes: Sequence[SceneFiles], held_out: Sequence[SceneFiles]) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        scenes: Scenes | None,
+        held_out: Sequence[SceneFiles] = (),
+        vgg16: VGG16 | None = None,
+        start: SAFNet | None = None,
+    ) -> None:
         super().__init__()
         self.settings, self.scenes, self.held_out = settings, scenes, held_out
-        model = fresh_model(settings.model)
-        if settings.start is not None:
-            _take_fitting(model, settings.start)
+        model = fresh_model(settings)
+        if start is not None:
+            take_fitting(model, start)
+        ablate(model, settings.left_out)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.averaged = AveragedModel(self.model, multi_avg_fn=_average)  # type: ignore[arg-type]
+        self.averaged = AveragedModel(self.model, multi_avg_fn=self._average)  # type: ignore[arg-type]
+        self.averaged.requires_grad_(False)
+        self.vgg16 = [vgg16]  # in a list, it is no module of this one: checkpoints need not hold it
+
+    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor) -> None:
+        """Exponential moving average that forgets the first steps faster."""
+        decay = min(self.settings.ema_decay, float(count) / (float(count) + 20))
+        torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
+
+    def setup(self, stage: str) -> None:
+        if self.vgg16[0] is not None:
+            self.vgg16[0].to(self.device)
 
     def training_step(self, crop: Crop, index: int) -> Tensor:
+        losses = self.losses(crop)
+        total = torch.stack([self._weight(name) * value for name, value in losses.items()]).sum()
+        self.log_dict({f"loss/{name}": value for name, value in losses.items()})
+        self.log("loss", total)
+        self.log("step", float(self.global_step + 1))  # of the loggers, which else count from 0
+        return total
+
+    def losses(self, crop: Crop) -> dict[str, Tensor]:
+        """The parts of the loss, those with a weight."""
         short, reference, long = crop.exposures.unbind(1)
         levels = self.model.estimate_levels(short, reference, long, SCALE)
         fusion = self.model.fuse(short, reference, long, levels[-1])
-        refined, truth = self._refine_window(crop, fusion)
-        losses = {
-            "refined": picture_loss(refined, truth),
-            "fused": picture_loss(fusion.fused, crop.truth),
-            "flow": flow_loss(levels, crop.flow, crop.visible),
-        }
-        total = losses["refined"] + FUSED_WEIGHT * losses["fused"] + self.settings.flow * losses["flow"]
-        if self.settings.census:
+        losses = {"fused": picture_loss(fusion.fused, crop.truth)}
+        if "refine" not in self.settings.left_out:
+            refined, truth = self._refine_windows(crop, fusion)
+            losses["refined"] = picture_loss(refined, truth)
+            if self.vgg16[0] is not None:
+                losses["perceptual"] = perceptual_loss(self.vgg16[0], tone_map(refined), tone_map(truth))
+        if self.settings.census_weight:
             losses["census"] = census_loss(fusion.fused, crop.truth)
-            total = total + FUSED_WEIGHT * self.settings.census * losses["census"]
-        self.log_dict({f"loss/{name}": value for name, value in losses.items()})
-        self.log("loss", total, prog_bar=True)
-        return total
+        if self.settings.flow_weight:
+            losses["flow"] = flow_loss(levels, crop.flow, crop.visible)
+        return losses
 
-    def _refine_window(self, crop: Crop, fusion: Fusion) -> tuple[Tensor, Tensor]:
-        """Refine one window of every crop: refining costs as much as all before it and needs fewer examples."""
-        short, reference, long = crop.exposures.unbind(1)
-        refine, alignment = self.model.refinenet, fusion.alignment
-        warped = (
-            safnet_ops.backward_warp(refine.short_features(short), alignment.flow_short),
-            safnet_ops.backward_warp(refine.long_features(long), alignment.flow_long),
-        )
-        side = self.settings.window
+    def _weight(self, name: str) -> float:
+        settings = self.settings
+        return {
+            "refined": 1.0,
+            "perceptual": settings.perceptual_weight,
+            "fused": settings.fused_weight,
+            "census": settings.fused_weight * settings.census_weight,
+            "flow": settings.flow_weight,
+        }[name]
 
-        def cut(picture: Tensor) -> Tensor:
-            corners = crop.window.tolist()
-            return torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(picture, corners, strict=True)])
+    def _refine_windows(self, crop: Crop, fusion: Fusion) -> tuple[Tensor, Tensor]:
+        """Refined windows and their truth; put together to whole crops where all windows are refined."""
+        whole = self.settings.windows == 0
+        exposures, side = crop.exposures.unbind(1), self.settings.window
 
-        part = Fusion(cut(fusion.fused), Alignment(*map(cut, alignment)))
-        residual = refine.body((cut(warped[0]), cut(warped[1])), cut(reference), part)
-        return (part.fused + residual).clamp(0, 1), cut(crop.truth)
+        def cut(pictures: Tensor) -> Tensor:
+            return cut_windows(pictures, side, None if whole else crop.windows)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        part = Fusion(cut(fusion.fused), Alignment(*map(cut, fusion.alignment)))
+        if self.settings.warp == "window":
+            refined = self.model.refine(*map(cut, exposures), part)
+        else:
+            refine, alignment = self.model.refinenet, fusion.alignment
+            warped_short = safnet_ops.backward_warp(refine.short_features(exposures[0]), alignment.flow_short)
+            warped_long = safnet_ops.backward_warp(refine.long_features(exposures[2]), alignment.flow_long)
+            residual = refine.body((cut(warped_short), cut(warped_long)), cut(exposures[1]), part)
+            refined = (part.fused + residual).clamp(0, 1)
+        if whole:
+            return unpartition(refined, *crop.truth.shape[2:]), crop.truth
+        return refined, cut(crop.truth)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> dict[str, Any]:
         exposures, truth = batch
-        fused, refined = self.averaged(*exposures.unbind(1), SCALE)
-        for name, picture in (("fused", fused), ("refined", refined)):
-            self.log(
-                f"validation/{name}_psnr_mu", psnr_mu(picture[0], truth[0]), prog_bar=name == "refined", batch_size=1
-            )
-            self.log(f"validation/{name}_psnr_l", psnr_l(picture[0], truth[0]), batch_size=1)
+        model: Any = self.averaged.module
+        frames = exposures.unbind(1)
+        fusion = model.fuse(*frames, model.estimate(*frames, SCALE))
+        refined = model.refine(*frames, fusion)
+        self.log("step", float(self.global_step), batch_size=1, sync_dist=True)
+        for name, picture in (("fused", fusion.fused), ("refined", refined)):
+            for metric, value in (("psnr_mu", psnr_mu), ("psnr_l", psnr_l)):
+                score = value(picture[0].float(), truth[0])
+                self.log(f"validation/{name}_{metric}", score, batch_size=1, sync_dist=True)
+        return {"fusion": fusion, "refined": refined}
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
         self.averaged.update_parameters(self.model)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip or math.inf)
         if not norm.isfinite():
             optimizer.zero_grad()
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.model.parameters(), self.settings.learning_rate)
+        settings = self.settings
+        optimizer = torch.optim.AdamW(self._parameter_groups(), settings.learning_rate, weight_decay=0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Convolutions' weights, biases and slopes, and the refine module's last layer.
+
+        The residual is added to linear radiance, where an error of 0.001 is large in the dark: at the others' rate the
+        last layer disturbs more than it mends.
+        """
+        settings = self.settings
+        last = {id(parameter) for parameter in last_refine_layer(self.model).parameters()}
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        rest = [parameter for parameter in trained if id(parameter) not in last]
+        slow = [parameter for parameter in trained if id(parameter) in last]
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in rest if parameter.dim() > 1], "weight_decay": settings.weight_decay},
+            {"params": [parameter for parameter in rest if parameter.dim() == 1]},
+            {"params": slow, "lr": settings.learning_rate * settings.refine_last_rate},
+        ]
+        return [group for group in groups if group["params"]]
+
     def _rate(self, step: int) -> float:
-        rise = min(1.0, (step + 1) / (self.settings.warm_up + 1))
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.settings.steps)))
-        return rise * (FLOOR + (1 - FLOOR) * fall)
+        """Learning rate over the one at the warm-up's end."""
+        settings = self.settings
+        last = settings.last_learning_rate / settings.learning_rate
+        rise = min(1.0, (step + 1) / (settings.warm_up + 1))
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
+        return rise * (last + (1 - last) * fall)
 
     def train_dataloader(self) -> DataLoader[Crop]:
-        count = self.settings.block * self.settings.batch
-        crops = Crops(self.scenes, self.settings, self.trainer.current_epoch * count, count)
-        return DataLoader(crops, self.settings.batch, num_workers=self.settings.workers)
+        assert self.scenes is not None
+        trainer = self.trainer
+        return load_crops(self.scenes, self.settings, trainer.global_step, trainer.global_rank, trainer.world_size)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(Whole(self.held_out), 1)
-
-
-class Keeper(Callback):
-    """Writes the checkpoint and the averaged weights after every block, each whole or not at all."""
-
-    def __init__(self, settings: TrainSettings) -> None:
-        self.settings = settings
-
-    def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"] = dict(vars(self.settings))
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        trainer.strategy.barrier()
-        partial = self.settings.out / f"{CHECKPOINT}.partial"
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            os.replace(partial, self.settings.out / CHECKPOINT)
-            notes = {"steps": str(trainer.global_step), "seed": str(self.settings.seed)}
-            save_model(module.averaged.module, self.settings.out / "model.safetensors", notes)
+        # Each process scores its share; with fewer scenes than processes all score all, as all must score the same names.
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        share = self.held_out[rank::processes] if len(self.held_out) >= processes else self.held_out
+        return DataLoader(Whole(share), 1)

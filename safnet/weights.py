@@ -30,7 +30,7 @@ def load_model(name: str | os.PathLike[str] = "safnet-s") -> SAFNet:
         WeightsError: the file is missing, unreadable, or its keys or shapes are not a SAFNet's (the differences are listed).
     """
     path = weights_path(name)
-    state = _read_state(path)
+    state = read_state(path)
     model = SAFNet(_guess_variant(state))
     _check_fit(path, model.state_dict(), state)
     model.load_state_dict(state)
@@ -63,7 +63,8 @@ def save_model(model: SAFNet, path: str | os.PathLike[str], metadata: dict[str, 
         partial.unlink(missing_ok=True)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors or .pth, read without running code. Raises WeightsError, naming the file."""
     if not path.is_file():
         raise WeightsError(f"weights file {str(path)!r} does not exist")
     try:
