@@ -268,18 +268,10 @@ def synthesize(
 def _read_settings(context: typer.Context, name: str | None) -> str | None:
     """Make a configuration file's values the defaults of the command's options."""
     if name is not None:
-        from safnet.train_settings import option, read_configuration
+        from safnet.train_settings import read_configuration
 
         with _one_line_errors():
-            values = read_configuration(name)
-            parameters: list[Any] = context.command.params
-            for parameter in parameters:
-                if parameter.name in values:
-                    try:
-                        parameter.type_cast_value(context, values[parameter.name])
-                    except typer.BadParameter as error:
-                        raise ValueError(f"--config {name}: {option(parameter.name)}: {error.message}") from error
-        context.default_map = values
+            context.default_map = read_configuration(name)
     return name
 
 

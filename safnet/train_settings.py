@@ -3,9 +3,9 @@
 `safnet train` has an option for each; a YAML file holds them under the same names.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from safnet.ablation import PARTS
 from safnet.model import Variant
@@ -172,13 +172,13 @@ def option(name: str) -> str:
 
 
 def read_configuration(name: str) -> dict[str, Any]:
-    """Settings by name from a YAML file, as text that the command line would take; null counts as not given.
+    """Settings by name from a YAML file; null counts as not given.
 
     Args:
         name: a file, or the name of one of the shipped configurations, such as "ablation/no-mask".
 
     Raises:
-        TrainingError: no such file, no YAML mapping, an unknown setting, or a value that is no single value.
+        TrainingError: no such file, no YAML mapping, an unknown setting, or a value of another type.
     """
     import yaml  # only the extra `train` has it
 
@@ -194,17 +194,37 @@ def read_configuration(name: str) -> dict[str, Any]:
         raise TrainingError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise TrainingError(f"--config {path} must hold settings, such as 'steps: 1000', got {content!r}")
-    known = {field.name for field in fields(TrainSettings)}
+    hints = get_type_hints(TrainSettings)
     values = {}
     for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
+        setting = str(key).replace("-", "_")
+        if setting not in hints:
             raise TrainingError(f"--config {path}: unknown setting {key!r} (value {value!r})")
-        if isinstance(value, (dict, list)):
-            raise TrainingError(f"--config {path}: {key} must be a single value, got {value!r}")
         if value is not None:
-            values[name] = str(value)
+            try:
+                values[setting] = _convert(value, hints[setting])
+            except (TypeError, ValueError) as error:
+                raise TrainingError(f"--config {path}: {key} must be {error}, got {value!r}") from None
     return values
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """A YAML value as a setting's type; the error says what it must be."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"one of {', '.join(get_args(kind))}")
+        return value
+    kind = next((part for part in get_args(kind) if part is not type(None)), kind)
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML takes 2e-4 for text
+        except (TypeError, ValueError):
+            raise TypeError("a number") from None
+    if kind in (str, Path) and isinstance(value, str):
+        return kind(value)
+    if type(value) is not kind:
+        raise TypeError({int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text"))
+    return value
 
 
 def write_configuration(settings: TrainSettings, path: Path) -> None:
