@@ -104,7 +104,7 @@ def train(settings: TrainSettings, *, quiet: bool = False) -> Finished:
     if trainer.is_global_zero:
         write_configuration(settings, settings.out / CONFIGURATION)
     with keeper, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(does not have many workers|experiment logs directory).*")
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec)")
         trainer.fit(module, ckpt_path=settings.out / CHECKPOINT if step else None, weights_only=False)
         if held_out and not keeper.stopped and settings.steps % settings.validate_every:
             trainer.validate(module, verbose=False)
@@ -227,7 +227,7 @@ class Training(lightning.LightningModule):
 
     def training_step(self, crop: Crop, index: int) -> Tensor:
         losses = self.losses(crop)
-        total = torch.stack([self._weight(name) * value for name, value in losses.items()]).sum()
+        total = self.total(losses)
         self.log_dict({f"loss/{name}": value for name, value in losses.items()})
         self.log("loss", total)
         self.log("step", float(self.global_step + 1))  # of the loggers, which else count from 0
@@ -250,15 +250,17 @@ class Training(lightning.LightningModule):
             losses["flow"] = flow_loss(levels, crop.flow, crop.visible)
         return losses
 
-    def _weight(self, name: str) -> float:
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The loss from its parts."""
         settings = self.settings
-        return {
+        weights = {
             "refined": 1.0,
             "perceptual": settings.perceptual_weight,
             "fused": settings.fused_weight,
             "census": settings.fused_weight * settings.census_weight,
             "flow": settings.flow_weight,
-        }[name]
+        }
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
     def _refine_windows(self, crop: Crop, fusion: Fusion) -> tuple[Tensor, Tensor]:
         """Refined windows and their truth; put together to whole crops where all windows are refined."""

@@ -142,7 +142,7 @@ class ProgressLine(Callback):
         parts = {
             name.removeprefix("loss/"): value for name, value in trainer.callback_metrics.items() if "loss" in name
         }
-        losses = " ".join(f"{name} {float(value):.4f}" for name, value in parts.items())
+        losses = " ".join(f"{name} {float(parts[name]):.4f}" for name in sorted(parts, key=lambda name: name != "loss"))
         score = trainer.callback_metrics.get("validation/refined_psnr_mu")
         validation = "" if score is None else f"  validation {float(score):.2f} dB"
         return f"{losses}{validation}  {self.speed:.3g} samples/s"
