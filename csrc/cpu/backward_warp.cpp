@@ -50,58 +50,53 @@ void warp_channels_inside(const WarpArguments& a, const Run& run, const Grid<Off
 }
 
 template <class R, class Offset>
-void warp_row(const WarpArguments& a, int64_t n, int32_t y) {
+void warp_runs(const WarpArguments& a, int64_t begin, int64_t end) {
   const Grid<Offset> grid(a.image);
   const int64_t channels = a.image.size[1];
   const bool channels_inside = a.image.stride[1] == 1 && a.out.stride[1] == 1 && channels > 1;
   Cells<R, Offset> cells;
-  R values[kChunk];
-  each_run(a.image, n, y, [&](const Run& run) {
+  R buffer[kChunk];
+  each_run(a.image, begin, end, [&](const Run& run) {
     locate(grid, a.flow, run, cells);
     if (channels_inside) return warp_channels_inside(a, run, grid, cells);
-    for (int64_t c = 0; c < channels; ++c) {
-      sample(a.image, n, c, grid, cells, run.count, values);
-      store_run(values, a.out, run, c);
-    }
+    for (int64_t c = 0; c < channels; ++c)
+      write_run(a.out, run, c, buffer, [&](R* out) { sample(a.image, run.n, c, grid, cells, run.count, out); });
   });
 }
 
 template <class R>
 void warp(const WarpArguments& a, int64_t begin, int64_t end) {
-  const auto kernel = needs_64bit_offsets(a.image) ? warp_row<R, int64_t> : warp_row<R, int32_t>;
-  each_row(a.image, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
+  (needs_64bit_offsets(a.image) ? warp_runs<R, int64_t> : warp_runs<R, int32_t>)(a, begin, end);
 }
 
 template <class R, class Offset>
-void flow_gradient_row(const WarpArguments& a, int64_t n, int32_t y) {
+void flow_gradient_runs(const WarpArguments& a, int64_t begin, int64_t end) {
   const Grid<Offset> grid(a.image);
   Cells<R, Offset> cells;
-  R value[kChunk], slope_x[kChunk], slope_y[kChunk], grad[kChunk];
-  each_run(a.image, n, y, [&](const Run& run) {
+  R value[kChunk], slope_x[kChunk], slope_y[kChunk], buffer[kChunk];
+  each_run(a.image, begin, end, [&](const Run& run) {
     locate(grid, a.flow, run, cells);
     R sum_x[kChunk] = {}, sum_y[kChunk] = {};
     for (int64_t c = 0; c < a.image.size[1]; ++c) {
-      load_run(a.out, run, c, grad);
-      sample_with_slopes(a.image, n, c, grid, cells, run.count, value, slope_x, slope_y);
+      const R* grad = read_run(a.out, run, c, buffer);
+      sample_with_slopes(a.image, run.n, c, grid, cells, run.count, value, slope_x, slope_y);
       for (int i = 0; i < run.count; ++i) {
         sum_x[i] += grad[i] * slope_x[i];
         sum_y[i] += grad[i] * slope_y[i];
       }
     }
-    store_flow_gradient(a.grad_flow, run, cells, sum_x, sum_y);
+    store_flow_gradient(a.image, a.flow, a.grad_flow, run, sum_x, sum_y);
   });
 }
 
 template <class R>
 void flow_gradient(const WarpArguments& a, int64_t begin, int64_t end) {
-  const auto kernel = needs_64bit_offsets(a.image) ? flow_gradient_row<R, int64_t> : flow_gradient_row<R, int32_t>;
-  each_row(a.image, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
+  (needs_64bit_offsets(a.image) ? flow_gradient_runs<R, int64_t> : flow_gradient_runs<R, int32_t>)(a, begin, end);
 }
 
 template <class R>
 void reach_rows(const WarpArguments& a, int64_t begin, int64_t end) {
-  auto* reach = static_cast<Reach*>(a.reach);
-  each_row(a.image, begin, end, [&](int64_t n, int32_t y) { note_reach<R>(a.flow, n, y, reach[n * a.image.size[2] + y]); });
+  note_reach<R>(a.flow, begin, end, static_cast<Reach*>(a.reach));
 }
 
 template <class R>

@@ -9,6 +9,7 @@
 
 #include "cpu/channels.h"
 #include "cpu/kernel.h"
+#include "cpu/simd.h"
 
 namespace safnet {
 
@@ -37,14 +38,6 @@ struct TapGrid {
 namespace safnet::SAFNET_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
 // Accumulators are kBlock channels times kStrip vectors: with 16 registers 12 of them, with 32 registers 24.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kBlock = 8;
@@ -52,20 +45,6 @@ constexpr int kBlock = 8;
 constexpr int kBlock = 4;
 #endif
 constexpr int kStrip = 3;
-
-template <class R, int Bytes = kVectorBytes>
-struct Simd {
-  typedef R Type __attribute__((vector_size(Bytes), aligned(sizeof(R)), may_alias));
-};
-template <class R>
-using Vector = typename Simd<R>::Type;
-template <class R>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(R));
-
-template <class R, int Bytes = kVectorBytes>
-SAFNET_INLINE typename Simd<R, Bytes>::Type vector_at(const R* source) {
-  return *reinterpret_cast<const typename Simd<R, Bytes>::Type*>(source);
-}
 
 // Sum of the Bytes / sizeof(R) numbers at `values`, which it overwrites: by halves while they are vectors.
 template <class R, int Bytes = kVectorBytes>

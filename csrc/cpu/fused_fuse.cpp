@@ -1,7 +1,7 @@
 // fused_fuse on the CPU. The forward keeps a run of pixels in the first-level cache and touches memory once for every input and
 // output; the backward recomputes what it needs from the inputs, and writes only the gradients asked for.
 
-#include "cpu/fuse_row.h"
+#include "cpu/fusion.h"
 #include "cpu/kernel.h"
 #include "cpu/scatter.h"
 
@@ -30,8 +30,7 @@ namespace {
 
 template <class R>
 void fuse(const FuseArguments& a, int64_t begin, int64_t end) {
-  const auto kernel = needs_64bit_offsets(a) ? fuse_row<R, int64_t> : fuse_row<R, int32_t>;
-  each_row(a.short_, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
+  fuse_rows_after<R>(a, begin, end, [](const Run&) {});
 }
 
 // Derivatives of the loss with respect to the re-weighted weights W1, W2 and W3 of one channel of a run.
@@ -52,16 +51,19 @@ void store_if_needed(const R* values, const View& gradient, const Run& run, int6
 }
 
 template <class R>
-void store_base_weight_gradients(const FuseBackwardArguments& a, const Run& run, int64_t c, const BaseWeights<R>& base,
-                                 const R* mask_short, const R* mask_long, const WeightGradients<R>& w) {
+void store_base_weight_gradients(const FuseBackwardArguments& a, const Run& run, int64_t c, const R* z, const R* mask_short,
+                                 const R* mask_long, const WeightGradients<R>& w) {
+  if (z == nullptr && a.grad_weight_short.data == nullptr && a.grad_weight_reference.data == nullptr &&
+      a.grad_weight_long.data == nullptr)
+    return;
   R grad_a[kChunk], grad_c[kChunk], grad_z[kChunk];
   for (int i = 0; i < run.count; ++i) {
     grad_a[i] = lerp(w.b[i], w.a[i], mask_short[i]);
     grad_c[i] = lerp(w.b[i], w.c[i], mask_long[i]);
   }
-  if (a.grad_ldr.data != nullptr) {
+  if (z != nullptr) {
     for (int i = 0; i < run.count; ++i)
-      grad_z[i] = triangle_weights_backward(base.z[i], Weights<R>{grad_a[i], w.b[i], grad_c[i]});
+      grad_z[i] = triangle_weights_backward(z[i], Weights<R>{grad_a[i], w.b[i], grad_c[i]});
     store_run(grad_z, a.grad_ldr, run, c);
   }
   store_if_needed(grad_a, a.grad_weight_short, run, c);
@@ -76,43 +78,58 @@ void store_mask_gradient(const View& gradient, const Run& run, R* values, const 
   store_if_needed(values, gradient, run, 0);
 }
 
+// Samples of one warped image and their derivatives with respect to the position.
+template <class R>
+struct Samples {
+  R value[kChunk], x[kChunk], y[kChunk];
+};
+
+template <class R, class Base>
+void fuse_value_gradients(int count, Base base, const R* __restrict mask_short, const R* __restrict mask_long,
+                          const R* __restrict grad, const R* __restrict v_reference, const Samples<R>& __restrict of_short,
+                          const Samples<R>& __restrict of_long, WeightGradients<R>& __restrict w,
+                          GeometryGradients<R>& __restrict sums, R* __restrict grad_reference) {
+  for (int i = 0; i < count; ++i) {
+    const R v_short = of_short.value[i], v_long = of_long.value[i];
+    const Weights<R> given = base[i], weights = reweight(given, mask_short[i], mask_long[i]);
+    const R scaled = grad[i] * inverse_sum(weights);
+    const R fused = weighted_mean(weights, v_short, v_reference[i], v_long);
+    const R grad_a = scaled * (v_short - fused), grad_b = scaled * (v_reference[i] - fused), grad_c = scaled * (v_long - fused);
+    w.a[i] = grad_a, w.b[i] = grad_b, w.c[i] = grad_c;
+    sums.mask_short[i] += given.a * (grad_a - grad_b);
+    sums.mask_long[i] += given.c * (grad_c - grad_b);
+    sums.short_x[i] += scaled * weights.a * of_short.x[i];
+    sums.short_y[i] += scaled * weights.a * of_short.y[i];
+    sums.long_x[i] += scaled * weights.c * of_long.x[i];
+    sums.long_y[i] += scaled * weights.c * of_long.y[i];
+    grad_reference[i] = scaled * weights.b;
+  }
+}
+
 template <class R, class Offset>
-void fuse_gradient_row(const FuseBackwardArguments& a, int64_t n, int32_t y) {
+void fuse_gradient_runs(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
   const Grid<Offset> grid_short(a.short_), grid_long(a.long_);
   Aligned<R, Offset> aligned;
-  BaseWeights<R> base;
   WeightGradients<R> w;
-  R v_short[kChunk], v_reference[kChunk], v_long[kChunk], grad[kChunk], grad_reference[kChunk];
-  R short_x[kChunk], short_y[kChunk], long_x[kChunk], long_y[kChunk];
-  each_run(a.short_, n, y, [&](const Run& run) {
+  Samples<R> of_short, of_long;
+  R reference[kChunk], incoming[kChunk], grad_reference[kChunk], z[kChunk];
+  each_run(a.short_, begin, end, [&](const Run& run) {
     align(a, grid_short, grid_long, run, aligned);
     GeometryGradients<R> sums{};
     for (int64_t c = 0; c < a.short_.size[1]; ++c) {
-      load_base_weights(a, run, c, base);
-      load_run(a.reference, run, c, v_reference);
-      load_run(a.out, run, c, grad);
-      sample_with_slopes(a.short_, n, c, grid_short, aligned.cells_short, run.count, v_short, short_x, short_y);
-      sample_with_slopes(a.long_, n, c, grid_long, aligned.cells_long, run.count, v_long, long_x, long_y);
-      for (int i = 0; i < run.count; ++i) {
-        const Weights<R> weights = reweight(base[i], aligned.mask_short[i], aligned.mask_long[i]);
-        const R scaled = grad[i] * inverse_sum(weights);
-        const R fused = weighted_mean(weights, v_short[i], v_reference[i], v_long[i]);
-        w.a[i] = scaled * (v_short[i] - fused);
-        w.b[i] = scaled * (v_reference[i] - fused);
-        w.c[i] = scaled * (v_long[i] - fused);
-        sums.mask_short[i] += base.a[i] * (w.a[i] - w.b[i]);
-        sums.mask_long[i] += base.c[i] * (w.c[i] - w.b[i]);
-        sums.short_x[i] += scaled * weights.a * short_x[i];
-        sums.short_y[i] += scaled * weights.a * short_y[i];
-        sums.long_x[i] += scaled * weights.c * long_x[i];
-        sums.long_y[i] += scaled * weights.c * long_y[i];
-        grad_reference[i] = scaled * weights.b;
-      }
+      sample_with_slopes(a.short_, run.n, c, grid_short, aligned.cells_short, run.count, of_short.value, of_short.x, of_short.y);
+      sample_with_slopes(a.long_, run.n, c, grid_long, aligned.cells_long, run.count, of_long.value, of_long.x, of_long.y);
+      const R *v_reference = read_run(a.reference, run, c, reference), *grad = read_run(a.out, run, c, incoming);
+      with_base<R>(a, run, c, [&](auto base) {
+        fuse_value_gradients(run.count, base, aligned.mask_short, aligned.mask_long, grad, v_reference, of_short, of_long, w,
+                             sums, grad_reference);
+      });
       store_if_needed(grad_reference, a.grad_reference, run, c);
-      store_base_weight_gradients(a, run, c, base, aligned.mask_short, aligned.mask_long, w);
+      const R* ldr = a.grad_ldr.data != nullptr ? read_run(a.ldr, run, c, z) : nullptr;
+      store_base_weight_gradients(a, run, c, ldr, aligned.mask_short, aligned.mask_long, w);
     }
-    store_flow_gradient(a.grad_flow_short, run, aligned.cells_short, sums.short_x, sums.short_y);
-    store_flow_gradient(a.grad_flow_long, run, aligned.cells_long, sums.long_x, sums.long_y);
+    store_flow_gradient(a.short_, a.flow_short, a.grad_flow_short, run, sums.short_x, sums.short_y);
+    store_flow_gradient(a.long_, a.flow_long, a.grad_flow_long, run, sums.long_x, sums.long_y);
     store_mask_gradient(a.grad_mask_short, run, sums.mask_short, aligned.mask_short, a.mask_logits);
     store_mask_gradient(a.grad_mask_long, run, sums.mask_long, aligned.mask_long, a.mask_logits);
   });
@@ -120,33 +137,30 @@ void fuse_gradient_row(const FuseBackwardArguments& a, int64_t n, int32_t y) {
 
 template <class R>
 void fuse_gradient(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
-  const auto kernel = needs_64bit_offsets(a) ? fuse_gradient_row<R, int64_t> : fuse_gradient_row<R, int32_t>;
-  each_row(a.short_, begin, end, [&](int64_t n, int32_t y) { kernel(a, n, y); });
+  (needs_64bit_offsets(a) ? fuse_gradient_runs<R, int64_t> : fuse_gradient_runs<R, int32_t>)(a, begin, end);
 }
 
 const View& scattered_flow(const FuseBackwardArguments& a) { return a.of_short ? a.flow_short : a.flow_long; }
 
 template <class R>
 void reach_rows(const FuseBackwardArguments& a, int64_t begin, int64_t end) {
-  auto* reach = static_cast<Reach*>(a.reach);
-  each_row(a.short_, begin, end,
-           [&](int64_t n, int32_t y) { note_reach<R>(scattered_flow(a), n, y, reach[n * a.short_.size[2] + y]); });
+  note_reach<R>(scattered_flow(a), begin, end, static_cast<Reach*>(a.reach));
 }
 
 // Gradients of the samples of one warped image: the incoming gradient times that image's share of the mean.
 template <class R>
 void sample_gradients(const FuseBackwardArguments& a, const Run& run, R* out) {
-  R mask_short[kChunk], mask_long[kChunk], grad[kChunk];
-  BaseWeights<R> base;
-  load_mask(a.mask_short, run, a.mask_logits, mask_short);
-  load_mask(a.mask_long, run, a.mask_logits, mask_long);
+  R buffer_short[kChunk], buffer_long[kChunk], buffer[kChunk];
+  const R* mask_short = read_mask(a.mask_short, run, a.mask_logits, buffer_short);
+  const R* mask_long = read_mask(a.mask_long, run, a.mask_logits, buffer_long);
   for (int64_t c = 0; c < a.short_.size[1]; ++c, out += kChunk) {
-    load_base_weights(a, run, c, base);
-    load_run(a.out, run, c, grad);
-    for (int i = 0; i < run.count; ++i) {
-      const Weights<R> w = reweight(base[i], mask_short[i], mask_long[i]);
-      out[i] = grad[i] * inverse_sum(w) * (a.of_short ? w.a : w.c);
-    }
+    const R* grad = read_run(a.out, run, c, buffer);
+    with_base<R>(a, run, c, [&](auto base) {
+      for (int i = 0; i < run.count; ++i) {
+        const Weights<R> w = reweight(base[i], mask_short[i], mask_long[i]);
+        out[i] = grad[i] * inverse_sum(w) * (a.of_short ? w.a : w.c);
+      }
+    });
   }
 }
 

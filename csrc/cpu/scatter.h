@@ -18,20 +18,25 @@ struct Reach {
   int32_t first, last;
 };
 
+// Notes the reach of the flow's rows [begin, end), those of all pictures counted on.
 template <class R>
-void note_reach(const View& flow, int64_t n, int32_t y, Reach& reach) {
+void note_reach(const View& flow, int64_t begin, int64_t end, Reach* reach) {
   const auto height = static_cast<int32_t>(flow.size[2]);
-  reach = {height, 0};
-  R flow_y[kChunk];
-  each_run(flow, n, y, [&](const Run& run) {
-    load_run(flow, run, 1, flow_y);
+  for (int64_t row = begin; row < end; ++row) reach[row] = {height, 0};
+  R buffer[kChunk];
+  each_run(flow, begin, end, [&](const Run& run) {
+    const R* flow_y = read_run(flow, run, 1, buffer);
+    int32_t first = height, last = 0;
     for (int i = 0; i < run.count; ++i) {
-      const int32_t top = sample_axis(static_cast<R>(y) + flow_y[i], height).index;
-      reach.first = top < reach.first ? top : reach.first;
-      reach.last = top > reach.last ? top : reach.last;
+      const int32_t top = sample_axis(static_cast<R>(run.y) + flow_y[i], height).index;
+      first = top < first ? top : first;
+      last = top > last ? top : last;
     }
+    Reach& of_row = reach[run.n * height + run.y];
+    of_row.first = first < of_row.first ? first : of_row.first;
+    of_row.last = last > of_row.last ? last : of_row.last;
   });
-  reach.last += axis_step(height);
+  for (int64_t row = begin; row < end; ++row) reach[row].last += axis_step(height);
 }
 
 // The rows [first, last) of one picture's gradient, as sums of type R: the gradient itself, or for half types a buffer,
@@ -63,7 +68,7 @@ struct Band {
     if (!buffered) return;
     R values[kChunk];
     for (int32_t y = first; y < last; ++y)
-      each_run(gradient, n, y, [&](const Run& run) {
+      each_run_of_row(gradient, n, y, [&](const Run& run) {
         for (int64_t c = 0; c < gradient.size[1]; ++c) {
           const R* sums = data + c * stride_c + (y - first) * stride_y + run.x * stride_x;
           for (int i = 0; i < run.count; ++i) values[i] = sums[i * stride_x];
@@ -114,7 +119,7 @@ void scatter_bands(const View& gradient, const View& flow, const Reach* reach, i
     for (int32_t y = 0; y < height; ++y) {
       const Reach rows = reach[n * height + y];
       if (rows.last < band.first || rows.first >= band.last) continue;
-      each_run(gradient, n, y, [&](const Run& run) {
+      each_run_of_row(gradient, n, y, [&](const Run& run) {
         sample_gradients(run, values);
         add_run(band, flow, run, values);
       });

@@ -1,6 +1,6 @@
-// upsample_fuse on the CPU: a row of flows and masks is resized into the outputs and fused while it is still in the cache.
+// upsample_fuse on the CPU: a run of flows and masks is resized into the outputs and fused while it is still in the cache.
 
-#include "cpu/fuse_row.h"
+#include "cpu/fusion.h"
 #include "cpu/kernel.h"
 
 namespace safnet {
@@ -16,57 +16,55 @@ SAFNET_DECLARE(upsample_fuse_rows, const UpsampleArguments&, int64_t, int64_t)
 namespace safnet::SAFNET_ISA {
 namespace {
 
-// Resizes one row of one channel; `factor` rescales flows.
+// Resizes a run of one channel; `factor` rescales flows.
 template <class T, class R>
-void resize_elements(const View& low, const View& out, int64_t n, int64_t c, int32_t y, R factor) {
+void resize_elements(const View& low, const View& out, const Run& run, int64_t c, R factor, R* __restrict target) {
   const auto low_height = static_cast<int32_t>(low.size[2]), low_width = static_cast<int32_t>(low.size[3]);
   const R scale_y = static_cast<R>(low.size[2]) / static_cast<R>(out.size[2]);
   const R scale_x = static_cast<R>(low.size[3]) / static_cast<R>(out.size[3]);
-  const auto vertical = resize_axis(y, scale_y, low_height);
-  const T *upper = row<T>(low, n, c, vertical.index), *lower = row<T>(low, n, c, vertical.next);
-  const auto stride = static_cast<int32_t>(low.stride[3]), width = static_cast<int32_t>(out.size[3]);
-  R* __restrict target = row<R>(out, n, c, y);
-  for (int32_t x = 0; x < width; ++x) {
-    const auto horizontal = resize_axis(x, scale_x, low_width);
+  const auto vertical = resize_axis(run.y, scale_y, low_height);
+  const T *upper = row<T>(low, run.n, c, vertical.index), *lower = row<T>(low, run.n, c, vertical.next);
+  const auto stride = static_cast<int32_t>(low.stride[3]);
+  for (int i = 0; i < run.count; ++i) {
+    const auto horizontal = resize_axis(run.x + i, scale_x, low_width);
     const int32_t left = horizontal.index * stride, right = horizontal.next * stride;
-    target[x] = factor * bilinear(load(upper[left]), load(upper[right]), load(lower[left]), load(lower[right]),
+    target[i] = factor * bilinear(load(upper[left]), load(upper[right]), load(lower[left]), load(lower[right]),
                                   horizontal.fraction, vertical.fraction);
   }
 }
 
 template <class R>
-void resize_row(const View& low, const View& out, int64_t n, int64_t c, int32_t y, R factor) {
+void resize_run(const View& low, const View& out, const Run& run, int64_t c, R factor) {
+  R* target = at<R>(out, run, c);
   if constexpr (sizeof(R) == sizeof(double)) {
-    resize_elements<double>(low, out, n, c, y, factor);
+    resize_elements<double>(low, out, run, c, factor, target);
   } else {
-    if (low.type == Type::kFloat32) resize_elements<float>(low, out, n, c, y, factor);
-    else if (low.type == Type::kFloat16) resize_elements<Half>(low, out, n, c, y, factor);
-    else resize_elements<BFloat16>(low, out, n, c, y, factor);
+    if (low.type == Type::kFloat32) resize_elements<float>(low, out, run, c, factor, target);
+    else if (low.type == Type::kFloat16) resize_elements<Half>(low, out, run, c, factor, target);
+    else resize_elements<BFloat16>(low, out, run, c, factor, target);
   }
 }
 
 template <class R>
-void resize_mask_row(const View& low, const View& out, int64_t n, int32_t y) {
-  resize_row(low, out, n, 0, y, R(1));
-  R* mask = row<R>(out, n, 0, y);
-  for (int64_t x = 0; x < out.size[3]; ++x) mask[x] = sigmoid(mask[x]);
+void resize_mask_run(const View& low, const View& out, const Run& run) {
+  resize_run(low, out, run, 0, R(1));
+  R* mask = at<R>(out, run, 0);
+  for (int i = 0; i < run.count; ++i) mask[i] = sigmoid(mask[i]);
 }
 
 template <class R>
-void resize_flow_row(const View& low, const View& out, int64_t n, int32_t y) {
-  resize_row(low, out, n, 0, y, static_cast<R>(out.size[3]) / static_cast<R>(low.size[3]));
-  resize_row(low, out, n, 1, y, static_cast<R>(out.size[2]) / static_cast<R>(low.size[2]));
+void resize_flow_run(const View& low, const View& out, const Run& run) {
+  resize_run(low, out, run, 0, static_cast<R>(out.size[3]) / static_cast<R>(low.size[3]));
+  resize_run(low, out, run, 1, static_cast<R>(out.size[2]) / static_cast<R>(low.size[2]));
 }
 
 template <class R>
 void upsample_fuse(const UpsampleArguments& a, int64_t begin, int64_t end) {
-  const auto fuse = needs_64bit_offsets(a) ? fuse_row<R, int64_t> : fuse_row<R, int32_t>;
-  each_row(a.short_, begin, end, [&](int64_t n, int32_t y) {
-    resize_flow_row<R>(a.low_flow_short, a.flow_short, n, y);
-    resize_flow_row<R>(a.low_flow_long, a.flow_long, n, y);
-    resize_mask_row<R>(a.low_mask_short, a.mask_short, n, y);
-    resize_mask_row<R>(a.low_mask_long, a.mask_long, n, y);
-    fuse(a, n, y);
+  fuse_rows_after<R>(a, begin, end, [&](const Run& run) {
+    resize_flow_run<R>(a.low_flow_short, a.flow_short, run);
+    resize_flow_run<R>(a.low_flow_long, a.flow_long, run);
+    resize_mask_run<R>(a.low_mask_short, a.mask_short, run);
+    resize_mask_run<R>(a.low_mask_long, a.mask_long, run);
   });
 }
 
