@@ -1,59 +1,54 @@
-"""`pytest bench/` compares the speed of all backends with the reference, operator by operator, behind a correctness gate.
+"""`pytest bench/` compares all backends with the reference, operator by operator, behind a correctness gate.
 
-Each test is one backend at one size and direction; pytest-benchmark puts those of one group side by side, with the ratio to the
-fastest in brackets. SAFNET_BENCH_THREADS sets the number of CPU threads (default: all cores).
+Each test is one implementation of one case in one direction; pytest-benchmark puts those of one case side by side, with the
+ratio to the fastest in brackets, and a second table gives their peak memory. SAFNET_BENCH_THREADS sets the number of CPU
+threads (default: all cores).
 """
 
-import os
-from collections.abc import Callable, Sequence
+import time
 
 import pytest
-import torch
-from torch import Tensor
 
-import safnet_ops
+from bench.case import Case, Direction, Work
+from bench.measure import extra_memory, rounds_for, set_threads
+
+SECONDS = 1.0  # about, for the rounds of one test
+
+_memory: list[tuple[str, str, int | None]] = []
 
 
 @pytest.fixture(autouse=True)
 def prepared():
-    torch.manual_seed(0)
-    torch.set_num_threads(int(os.environ.get("SAFNET_BENCH_THREADS", os.cpu_count() or 1)))
+    set_threads()
 
 
 @pytest.fixture
-def compare(benchmark):
-    """compare(name, implementation, inputs, exact, backward): time it after its results were found right."""
+def speed(benchmark):
+    """speed(case, direction, implementation): check it, then take its time and peak memory."""
 
-    def run(
-        group: str,
-        implementation: Callable[..., Tensor],
-        inputs: Sequence[Tensor],
-        exact: Callable[..., Tensor],
-        backward: bool = False,
-        tolerance: float = 1e-3,
-    ) -> None:
-        with torch.no_grad():
-            result, expected = implementation(*inputs), exact(*inputs)
-        error = (result - expected).abs().max() / expected.abs().max().clamp(min=1)
-        assert error < tolerance, f"wrong by {error:.1e}: its speed does not matter"
-
-        def forward_and_backward() -> None:
-            result = implementation(*inputs)
-            result.backward(torch.ones_like(result))
-            for value in inputs:
-                value.grad = None
-
-        def forward() -> None:
-            with torch.no_grad():
-                implementation(*inputs)
-
-        benchmark.group = group
-        benchmark.pedantic(forward_and_backward if backward else forward, rounds=15, warmup_rounds=3)
+    def run(case: Case, direction: Direction, implementation: str) -> None:
+        work = Work(case, implementation, direction)
+        work.check()
+        memory = extra_memory(work.prepare_for_memory, runs=1)
+        benchmark.group = f"{case} {direction}"
+        benchmark.extra_info["extra_bytes"] = memory
+        _memory.append((benchmark.group, implementation, memory))
+        began = time.perf_counter()
+        work.prepare()()
+        rounds = rounds_for(time.perf_counter() - began, SECONDS, least=3, most=15)
+        benchmark.pedantic(lambda timed: timed(), setup=lambda: ((work.prepare(),), {}), rounds=rounds, warmup_rounds=1)
 
     return run
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request):
-    with safnet_ops.use_backend(request.param):
-        yield request.param
+def pytest_terminal_summary(terminalreporter):
+    if not _memory:
+        return
+    terminalreporter.section("peak memory beyond inputs and results, MB")
+    for group in dict.fromkeys(group for group, _, _ in _memory):
+        cells = [
+            f"{name} {'unknown' if memory is None else format(memory / 1e6, '.1f')}"
+            for other, name, memory in _memory
+            if other == group
+        ]
+        terminalreporter.write_line(f"{group}: {', '.join(cells)}")

@@ -1,18 +1,36 @@
 """Speed of census_loss as training uses it: patches of 7 pixels on crops and on whole pictures."""
 
-import pytest
 import torch
 
-import safnet_ops
-from safnet_ops import reference
+from bench.baselines import conv_census
+from bench.case import Case, over
 
 
-@pytest.mark.parametrize("direction", ["forward", "both"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [(256, 256), (512, 512)], ids=str)
-def test_backend(compare, backend, size, dtype, direction):
-    prediction, target = (torch.rand(1, 3, *size, dtype=dtype) for _ in range(2))
-    if direction == "both":
-        prediction.requires_grad_()
-    group = f"census_loss 3x{size[0]}x{size[1]} {str(dtype)[6:]} {direction}"
-    compare(group, safnet_ops.census_loss, (prediction, target), reference.census_loss, direction == "both")
+def census_case(side, dtype=torch.float32, targets=None):
+    def inputs():
+        return [torch.rand(1, 3, side, side, dtype=dtype) for _ in range(2)]
+
+    setting = f"3x{side}x{side}" + ("" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}")
+    half = dtype != torch.float32
+    return Case(
+        "census_loss",
+        setting,
+        inputs,
+        (0,),
+        None if half else conv_census,
+        tolerance=2e-2 if half else 1e-3,
+        targets=targets or {},
+        in_report=not half,
+    )
+
+
+CASES = [
+    census_case(512, targets={"both": (40, 100)}),
+    census_case(256),
+    census_case(512, torch.bfloat16),
+]
+
+
+@over(CASES)
+def test_speed(speed, case, direction, implementation):
+    speed(case, direction, implementation)

@@ -1,32 +1,25 @@
-"""Speed of fused_fuse: forward on a whole picture, forward and backward on a training crop (gradients of flows and masks)."""
+"""Speed of fused_fuse: on a whole picture and on a training crop, with gradients of flows and masks, as training needs them."""
 
-import safnet_ops
+from functools import partial
+
 from bench.baselines import grid_sample_fuse
+from bench.case import Case, over
 from bench.inputs import fusion_inputs
-from safnet_ops import reference
 
-FORWARD = "fused_fuse 1000x1500 forward"
-BOTH = "fused_fuse 512x512 both"
+FLOWS_AND_MASKS = (3, 4, 5, 6)
 
 
-def training_inputs():
-    inputs = fusion_inputs(512, 512)
-    for value in inputs[3:7]:
-        value.requires_grad_()
-    return inputs
+def fuse_case(height, width, targets):
+    inputs = partial(fusion_inputs, height, width)
+    return Case("fused_fuse", f"{height}x{width}", inputs, FLOWS_AND_MASKS, grid_sample_fuse, targets=targets)
 
 
-def test_forward(compare, backend):
-    compare(FORWARD, safnet_ops.fused_fuse, fusion_inputs(1000, 1500), reference.fused_fuse)
+CASES = [
+    fuse_case(1000, 1500, {"forward": (15, 30)}),
+    fuse_case(512, 512, {"both": (8, 15)}),
+]
 
 
-def test_forward_grid_sample(compare):
-    compare(FORWARD, grid_sample_fuse, fusion_inputs(1000, 1500), reference.fused_fuse)
-
-
-def test_both(compare, backend):
-    compare(BOTH, safnet_ops.fused_fuse, training_inputs(), reference.fused_fuse, backward=True)
-
-
-def test_both_grid_sample(compare):
-    compare(BOTH, grid_sample_fuse, training_inputs(), reference.fused_fuse, backward=True)
+@over(CASES)
+def test_speed(speed, case, direction, implementation):
+    speed(case, direction, implementation)

@@ -1,41 +1,75 @@
-"""Speed of group_conv_shuffle: the decoder's grouped convolutions, and the ordinary ones that it can serve (groups=1)."""
+"""Speed of group_conv_shuffle: the decoder's grouped convolutions, and the ordinary ones that it can serve (groups=1).
 
-from functools import partial
+Its reference is the library's convolution with activation and shuffle as operators of their own.
+"""
 
-import pytest
 import torch
 
-import safnet_ops
-from safnet_ops import reference
+from bench.case import Case, over
 
-# (input channels, output channels, groups, stride, dilation, height, width): the model's convolutions on a 500x752 picture.
+
+def conv_case(
+    channels_in,
+    channels_out,
+    size,
+    *,
+    groups=1,
+    stride=1,
+    dilation=1,
+    layout=torch.contiguous_format,
+    dtype=torch.float32,
+    targets=None,
+    in_report=True,
+):
+    height, width = size
+
+    def inputs():
+        input = torch.randn(1, channels_in, height, width, dtype=dtype).contiguous(memory_format=layout)
+        weight = torch.randn(channels_out, channels_in // groups, 3, 3) * (9 * channels_in / groups) ** -0.5
+        return [input, *(value.to(dtype) for value in (weight, torch.randn(channels_out), torch.rand(channels_out)))]
+
+    parts = [
+        f"{channels_in}->{channels_out} {height}x{width}",
+        f"groups {groups}" if groups > 1 else "",
+        f"stride {stride}" if stride > 1 else "",
+        f"dilation {dilation}" if dilation > 1 else "",
+        "" if dtype == torch.float32 else str(dtype).removeprefix("torch."),
+        "channels_last" if layout == torch.channels_last else "",
+    ]
+    return Case(
+        "group_conv_shuffle",
+        ", ".join(filter(None, parts)),
+        inputs,
+        (0, 1, 2, 3),
+        options={"groups": groups, "stride": stride, "dilation": dilation},
+        tolerance=1e-3 if dtype == torch.float32 else 3e-2,
+        multiply_adds=channels_in // groups * 9 * channels_out * -(-height // stride) * -(-width // stride),
+        targets=targets or {},
+        in_report=in_report,
+    )
+
+
+LAST = torch.channels_last
+DECODER, PICTURE = (250, 376), (500, 752)  # of a picture twice and once as large
+
 CASES = [
-    (120, 120, 3, 1, 1, 250, 376),
-    (120, 120, 1, 1, 1, 250, 376),
-    (80, 80, 1, 1, 1, 500, 752),
-    (80, 80, 1, 1, 4, 500, 752),
-    (27, 32, 1, 1, 1, 500, 752),
-    (32, 3, 1, 1, 1, 500, 752),
-    (6, 40, 1, 2, 1, 500, 752),
-    (120, 120, 3, 1, 1, 31, 47),
+    conv_case(120, 120, DECODER, groups=3, targets={"forward": (2, 2.7)}),
+    conv_case(120, 120, DECODER, groups=3, layout=LAST),
+    conv_case(120, 120, DECODER, groups=3, dtype=torch.bfloat16),
+    conv_case(120, 120, DECODER, groups=3, dtype=torch.bfloat16, layout=LAST, in_report=False),
+    conv_case(120, 120, DECODER),
+    conv_case(120, 120, DECODER, layout=LAST),
+    conv_case(80, 80, PICTURE),
+    conv_case(80, 80, PICTURE, layout=LAST),
+    conv_case(80, 80, PICTURE, dilation=4, in_report=False),
+    conv_case(27, 32, PICTURE),
+    conv_case(27, 32, PICTURE, layout=LAST),
+    conv_case(32, 3, PICTURE, in_report=False),
+    conv_case(6, 40, PICTURE, stride=2),
+    conv_case(120, 120, (31, 47), groups=3),
 ]
 
 
-@pytest.mark.parametrize("direction", ["forward", "both"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_backend(compare, backend, case, dtype, layout, direction):
-    channels_in, channels_out, groups, stride, dilation, height, width = case
-    input = torch.randn(1, channels_in, height, width, dtype=dtype)
-    if layout == "channels_last":
-        input = input.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(channels_out, channels_in // groups, 3, 3) * (9 * channels_in / groups) ** -0.5
-    inputs = [input, weight.to(dtype), torch.randn(channels_out).to(dtype), torch.rand(channels_out).to(dtype)]
-    backward = direction == "both"
-    if backward:
-        inputs = [value.requires_grad_() for value in inputs]
-    options = {"groups": groups, "stride": stride, "dilation": dilation}
-    operator, exact = (partial(f, **options) for f in (safnet_ops.group_conv_shuffle, reference.group_conv_shuffle))
-    group = f"group_conv_shuffle {case} {str(dtype)[6:]} {layout} {direction}"
-    compare(group, operator, inputs, exact, backward, tolerance=1e-3 if dtype == torch.float32 else 2e-2)
+@over(CASES)
+def test_speed(speed, case, direction, implementation):
+    speed(case, direction, implementation)

@@ -1,18 +1,21 @@
-"""Speed of the whole model, on the C++ kernels and on the reference operators."""
+"""Speed of both models end to end; `python -m bench.report` adds what compilers make of them."""
 
 import pytest
-import torch
 
-import safnet
+from bench.models import HEIGHT, VARIANTS, WIDTH, Contender, check, example_exposures, load, on_reference, plain, stock
 
-SIZE = (500, 752)
+WAYS = {"cpp": plain, "reference": on_reference, "stock": stock}
 
 
-@pytest.mark.parametrize("variant", ["small", "full"])
-def test_forward(benchmark, backend, variant):
-    torch.manual_seed(0)
-    model = safnet.SAFNet(variant).eval()
-    exposures = [torch.rand(1, 6, *SIZE) for _ in range(3)]
-    benchmark.group = f"SAFNet {variant} {SIZE[0]}x{SIZE[1]}"
-    with torch.no_grad():
-        benchmark.pedantic(lambda: model(*exposures), rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_speed(benchmark, variant, way):
+    model, exposures = load(variant), example_exposures()
+    contender = Contender(way, WAYS[way])
+    run = contender.build(model, exposures)
+    with contender.context():
+        expected = on_reference(model, exposures)()
+    check(contender, run, expected)
+    benchmark.group = f"SAFNet {variant} {HEIGHT}x{WIDTH}"
+    with contender.context():
+        benchmark.pedantic(run, rounds=3)

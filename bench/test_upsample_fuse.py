@@ -1,17 +1,26 @@
-"""Speed of upsample_fuse, from the decoder's size to the picture's."""
+"""Speed of upsample_fuse, from the network's size to the picture's; it is for inference and has no backward kernel."""
 
 import torch
 
-import safnet_ops
+from bench.baselines import grid_sample_upsample_fuse
+from bench.case import Case, over
 from bench.inputs import fusion_inputs
-from safnet_ops import reference
+from safnet.model import network_size
 
 
-def test_forward(compare, backend):
-    inputs = fusion_inputs(1000, 1500)
-    inputs[3:7] = [torch.randn(1, channels, 512, 752) for channels in (2, 2, 1, 1)]
+def upsample_case(height, width):
+    def inputs():
+        found = fusion_inputs(height, width)
+        low = network_size(height, width, 1.0)
+        found[3:7] = [torch.randn(1, channels, *low) for channels in (2, 2, 1, 1)]
+        return found
 
-    def fused(*inputs):
-        return safnet_ops.upsample_fuse(*inputs)[0]
+    return Case("upsample_fuse", f"{height}x{width}", inputs, stock=grid_sample_upsample_fuse)
 
-    compare("upsample_fuse 1000x1500 forward", fused, inputs, lambda *inputs: reference.upsample_fuse(*inputs)[0])
+
+CASES = [upsample_case(1000, 1500), upsample_case(500, 752)]
+
+
+@over(CASES)
+def test_speed(speed, case, direction, implementation):
+    speed(case, direction, implementation)
