@@ -312,22 +312,26 @@ class Training(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Convolutions' weights, biases and slopes, and the refine module's last layer.
+        """Parameters by learning rate; weights decay, but not biases and slopes.
 
         The residual is added to linear radiance, where an error of 0.001 is large in the dark: at the others' rate the
-        last layer disturbs more than it mends.
+        refine module's last layer disturbs more than it mends.
         """
-        settings = self.settings
-        last = {id(parameter) for parameter in last_refine_layer(self.model).parameters()}
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        rest = [parameter for parameter in trained if id(parameter) not in last]
-        slow = [parameter for parameter in trained if id(parameter) in last]
-        groups: list[dict[str, Any]] = [
-            {"params": [parameter for parameter in rest if parameter.dim() > 1], "weight_decay": settings.weight_decay},
-            {"params": [parameter for parameter in rest if parameter.dim() == 1]},
-            {"params": slow, "lr": settings.learning_rate * settings.refine_last_rate},
+        settings, last = self.settings, {id(parameter) for parameter in last_refine_layer(self.model).parameters()}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            rate = 1.0
+            if name.startswith("encoder."):
+                rate = settings.encoder_rate
+            elif id(parameter) in last:
+                rate = settings.refine_last_rate
+            decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+            if parameter.requires_grad:
+                groups.setdefault((rate, decay), []).append(parameter)
+        return [
+            {"params": parameters, "lr": settings.learning_rate * rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
         ]
-        return [group for group in groups if group["params"]]
 
     def _rate(self, step: int) -> float:
         """Learning rate over the one at the warm-up's end."""

@@ -90,6 +90,10 @@ class TrainSettings:
     refine_last_rate: Annotated[
         float, Explained("Learning rate of the refine module's last layer, relative to the others'.", SCHEDULE)
     ] = 0.03
+    encoder_rate: Annotated[
+        float,
+        Explained("Learning rate of the encoder, relative to the others'; below 1 keeps given weights.", SCHEDULE),
+    ] = 1.0
     weight_decay: Annotated[float, Explained("Of AdamW, on the convolutions' weights; 0 is Adam.", SCHEDULE)] = 0.0
     gradient_clip: Annotated[float, Explained("Largest norm of the gradient, 0 for any.", SCHEDULE)] = 0.5
     ema_decay: Annotated[
@@ -157,7 +161,10 @@ def check_values(settings: TrainSettings) -> None:
 LEAST = {
     **dict.fromkeys(("steps", "batch", "reuse", "validate_every", "devices", "nodes", "window"), 1),
     **dict.fromkeys(("fused_weight", "census_weight", "perceptual_weight", "flow_weight", "weight_decay"), 0),
-    **dict.fromkeys(("windows", "warm_up", "refine_last_rate", "gradient_clip", "ema_decay", "checkpoint_minutes"), 0),
+    **dict.fromkeys(
+        ("windows", "warm_up", "refine_last_rate", "encoder_rate", "gradient_clip", "ema_decay", "checkpoint_minutes"),
+        0,
+    ),
     **dict.fromkeys(("last_learning_rate", "threads", "workers", "seed"), 0),
     "crop": CROP_MULTIPLE,
 }

@@ -189,7 +189,7 @@ def test_two_processes_train_as_one_does(settings, scenes):
     environment = {k: v for k, v in os.environ.items() if k not in ("MASTER_PORT", "MASTER_ADDR", "WORLD_SIZE", "RANK")}
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "safnet.cli", "train", *options.split()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_model(folder / WEIGHTS).state_dict() for folder in (settings.out, out))
     for name in one:
@@ -235,16 +235,30 @@ def test_kaiming_initialisation_keeps_the_signal(settings):
     assert spread[True] > 10 * spread[False]
 
 
-def test_the_refine_modules_last_layer_learns_slowly(settings):
-    module = Training(replace(settings, weight_decay=0.1, warm_up=0), None)
+def test_encoder_and_last_layer_have_rates_of_their_own(settings):
+    module = Training(replace(settings, weight_decay=0.1, warm_up=0, encoder_rate=0.5), None)
     groups = module.configure_optimizers()["optimizer"].param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert len(rates) == len(list(module.model.parameters()))
     for name, parameter in module.model.named_parameters():
-        slow = name.startswith("refinenet.conv7.")
-        assert rates[id(parameter)] == pytest.approx(2e-4 * (0.03 if slow else 1))
-        assert decays[id(parameter)] == (0.1 if parameter.dim() > 1 and not slow else 0)
+        part = 0.03 if name.startswith("refinenet.conv7.") else 0.5 if name.startswith("encoder.") else 1
+        assert rates[id(parameter)] == pytest.approx(2e-4 * part)
+        assert decays[id(parameter)] == (0.1 if parameter.dim() > 1 else 0)
+
+
+@pytest.mark.parametrize(("without", "still"), [("mask,refine", "mask_short"), ("flow,refine", "flow_short")])
+def test_a_model_trained_without_a_part_has_none_of_it(settings, without, still):
+    train(replace(settings, without=without, learning_rate=1e-2, ema_decay=0.0), quiet=True)
+    model = load_model(settings.out / WEIGHTS)
+    exposures = torch.rand(3, 1, 6, 64, 64)
+    with torch.no_grad():
+        fusion = model.fuse(*exposures, model.estimate(*exposures))
+        assert torch.equal(model.refine(*exposures, fusion), fusion.fused.clamp(0, 1))
+    constant = {"mask_short": 1.0, "flow_short": 0.0}
+    for name, value in constant.items():
+        assert bool((getattr(fusion.alignment, name) == value).all()) == (name == still)
+    assert not any(row["loss/refined"] for row in read_metrics(settings.out))
 
 
 def test_the_moving_average_is_what_is_kept(settings):
