@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import safnet_ops
+from safnet_ops.group_conv_shuffle import BEATS_LIBRARY
 
 Variant = Literal["full", "small"]
 
@@ -42,13 +43,33 @@ class Fusion(NamedTuple):
     alignment: Alignment
 
 
-def conv_prelu(
-    channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, groups: int = 1
-) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, dilation, dilation, groups),
-        nn.PReLU(channels_out),
-    )
+def convolve(x: Tensor, conv: nn.Conv2d, prelu: nn.PReLU | None = None, residual: Tensor | None = None) -> Tensor:
+    """prelu(conv(x) + residual) without groups: in one pass where our operator beats the library's convolution."""
+    if x.device.type in BEATS_LIBRARY:
+        slopes = None if prelu is None else prelu.weight
+        stride, dilation = conv.stride[0], conv.dilation[0]
+        return safnet_ops.group_conv_shuffle(
+            x, conv.weight, conv.bias, slopes, stride=stride, dilation=dilation, residual=residual
+        )
+    x = conv(x) if residual is None else conv(x) + residual
+    return x if prelu is None else prelu(x)
+
+
+class ConvPReLU(nn.Sequential):
+    """3x3 convolution and PReLU, named as in the published checkpoints: 0 and 1."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(channels_in, channels_out, 3, stride, dilation, dilation, groups), nn.PReLU(channels_out)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, prelu = cast(nn.Conv2d, self[0]), cast(nn.PReLU, self[1])
+        if conv.groups == 1:
+            return convolve(x, conv, prelu)
+        return safnet_ops.group_conv_shuffle(x, conv.weight, conv.bias, prelu.weight, conv.groups)
 
 
 class Encoder(nn.Module):
@@ -58,7 +79,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = 6
         for level in range(1, LEVELS + 1):
-            pair = nn.Sequential(conv_prelu(channels, FEATURES, stride=2), conv_prelu(FEATURES, FEATURES))
+            pair = nn.Sequential(ConvPReLU(channels, FEATURES, stride=2), ConvPReLU(FEATURES, FEATURES))
             self.add_module(f"pyramid{level}", pair)
             channels = FEATURES
 
@@ -76,20 +97,18 @@ class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         alignment_channels = 6  # two flows and two masks
-        self.conv1 = conv_prelu(3 * FEATURES + alignment_channels, DECODER_CHANNELS)
-        self.conv2 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
-        self.conv3 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
-        self.conv4 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
-        self.conv5 = conv_prelu(DECODER_CHANNELS, DECODER_CHANNELS)
+        self.conv1 = ConvPReLU(3 * FEATURES + alignment_channels, DECODER_CHANNELS)
+        self.conv2 = ConvPReLU(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
+        self.conv3 = ConvPReLU(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
+        self.conv4 = ConvPReLU(DECODER_CHANNELS, DECODER_CHANNELS, groups=DECODER_GROUPS)
+        self.conv5 = ConvPReLU(DECODER_CHANNELS, DECODER_CHANNELS)
         self.conv6 = nn.ConvTranspose2d(DECODER_CHANNELS, alignment_channels, 4, 2, 1)
 
     def forward(self, short: Tensor, reference: Tensor, long: Tensor, alignment: Alignment) -> Alignment:
         warped_short = safnet_ops.backward_warp(short, alignment.flow_short)
         warped_long = safnet_ops.backward_warp(long, alignment.flow_long)
         x = self.conv1(torch.cat([warped_short, reference, warped_long, *alignment], 1))
-        for layer in (self.conv2, self.conv3, self.conv4):
-            conv, prelu = cast(nn.Conv2d, layer[0]), cast(nn.PReLU, layer[1])
-            x = safnet_ops.group_conv_shuffle(x, conv.weight, conv.bias, prelu.weight, DECODER_GROUPS)
+        x = self.conv4(self.conv3(self.conv2(x)))  # grouped, with a channel shuffle after each
         change = self.conv6(self.conv5(x))
         upsampled = [F.interpolate(part, scale_factor=2.0, mode="bilinear", align_corners=False) for part in alignment]
         flow_short, flow_long, mask_short, mask_long = upsampled
@@ -104,12 +123,12 @@ class Decoder(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
-        self.conv1 = conv_prelu(channels, channels, dilation=dilation)
+        self.conv1 = ConvPReLU(channels, channels, dilation=dilation)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, dilation, dilation)
         self.prelu = nn.PReLU(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.prelu(x + self.conv2(self.conv1(x)))
+        return convolve(self.conv1(x), self.conv2, self.prelu, residual=x)
 
 
 class FullRefine(nn.Module):
@@ -119,9 +138,9 @@ class FullRefine(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv0 = nn.Sequential(conv_prelu(6, 20), conv_prelu(20, 20))
-        self.conv1 = nn.Sequential(conv_prelu(15, 40), conv_prelu(40, 40))
-        self.conv2 = nn.Sequential(conv_prelu(6, 20), conv_prelu(20, 20))
+        self.conv0 = nn.Sequential(ConvPReLU(6, 20), ConvPReLU(20, 20))
+        self.conv1 = nn.Sequential(ConvPReLU(15, 40), ConvPReLU(40, 40))
+        self.conv2 = nn.Sequential(ConvPReLU(6, 20), ConvPReLU(20, 20))
         for number, dilation in enumerate(self.DILATIONS, 1):
             self.add_module(f"resblock{number}", ResidualBlock(80, dilation))
         self.conv3 = nn.Conv2d(80, 3, 3, 1, 1)
@@ -140,7 +159,7 @@ class FullRefine(nn.Module):
         x = torch.cat([warped[0], features, warped[1]], 1)
         for number in range(1, len(self.DILATIONS) + 1):
             x = self.get_submodule(f"resblock{number}")(x)
-        return self.conv3(x)
+        return convolve(x, self.conv3)
 
     FEATURE_RADIUS = 2
     RADIUS = 2 + 2 * sum(DILATIONS) + 1
@@ -154,7 +173,7 @@ class SmallRefine(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for number, dilation in enumerate(self.DILATIONS, 1):
-            self.add_module(f"conv{number}", conv_prelu(27 if number == 1 else 32, 32, dilation=dilation))
+            self.add_module(f"conv{number}", ConvPReLU(27 if number == 1 else 32, 32, dilation=dilation))
         self.conv7 = nn.Conv2d(32, 3, 3, 1, 1)
 
     def short_features(self, short: Tensor) -> Tensor:
@@ -168,9 +187,9 @@ class SmallRefine(nn.Module):
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
         x = torch.cat([warped[0], reference, warped[1], *_refine_inputs(fusion)], 1)
-        for conv in self.children():
-            x = conv(x)
-        return x
+        for number in range(1, len(self.DILATIONS) + 1):
+            x = self.get_submodule(f"conv{number}")(x)
+        return convolve(x, self.conv7)
 
     FEATURE_RADIUS = 0
     RADIUS = sum(DILATIONS) + 1
