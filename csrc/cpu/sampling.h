@@ -151,7 +151,10 @@ struct GroupCorners {
   Group v00, v01, v10, v11;
 };
 
-SAFNET_INLINE double pair_at(const float* source) { return vector_at<double, 8>(reinterpret_cast<const double*>(source))[0]; }
+SAFNET_INLINE double pair_at(const float* source) {
+  typedef double Pair __attribute__((aligned(sizeof(float)), may_alias));  // floats lie at any multiple of four bytes
+  return *reinterpret_cast<const Pair*>(source);
+}
 
 template <class Offset, int Lanes = kGroup>
 SAFNET_INLINE void load_pairs(const float* row, const Offset* at, Group& left, Group& right) {
