@@ -41,6 +41,16 @@ SAFNET_INLINE bool channels_inside(const View& view) { return view.stride[1] == 
 
 constexpr int kSide = 8;  // of the squares that transposition goes by
 
+// Rows of neighbouring channels lie far apart, and no prefetcher of the processor sees the pattern: while one is moved, that of a
+// channel further on is asked for.
+constexpr int64_t kChannelsAhead = 4;
+
+template <bool ForWriting, class T>
+SAFNET_INLINE void ask_for(const T* row, int64_t pixels) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < pixels + line - 1; i += line) __builtin_prefetch(row + i, ForWriting, 3);
+}
+
 template <class T, class R>
 void load_channels_of(const View& view, const Span& span, int64_t first, int64_t channels, R* __restrict out,
                       int64_t pitch) {
@@ -48,6 +58,8 @@ void load_channels_of(const View& view, const Span& span, int64_t first, int64_t
   const int64_t stride = span.step * view.stride[3];
   if (!channels_inside(view)) {
     for (int64_t c = 0; c < channels; ++c, source += view.stride[1], out += pitch) {
+      if (stride == 1 && c + kChannelsAhead < channels)
+        ask_for<false>(source + kChannelsAhead * view.stride[1], span.pixels);
       if (stride == 1)
         for (int64_t i = 0; i < span.pixels; ++i) out[i] = load(source[i]);
       else if (stride == 2)  // spelt out, it vectorises
@@ -82,6 +94,8 @@ void store_channels_of(const R* const* rows, int64_t channels, const View& view,
   if (!channels_inside(view) || channel_step != 1) {
     for (int64_t c = 0; c < channels; ++c, out += channel_step * view.stride[1]) {
       const R* values = rows[c];
+      if (stride == 1 && c + kChannelsAhead < channels)
+        ask_for<true>(out + kChannelsAhead * channel_step * view.stride[1], span.pixels);
       if (stride == 1)
         for (int64_t i = 0; i < span.pixels; ++i) store(values[i], out[i]);
       else
