@@ -7,7 +7,7 @@ TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test bench lint gpu clean
+.PHONY: demo test bench lint sanitize gpu clean
 
 # One stamp a set of packages; a change of the build or of the native sources installs again.
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -33,6 +33,21 @@ demo: $(VENV)/run.stamp
 
 test: $(VENV)/dev.stamp
 	$(RUN) pytest -m "not slow"
+
+# The CPU kernels under AddressSanitizer and UBSan: any finding ends the run. Left out are tests that compile, which would run
+# a compiler under them, and gradcheck and opcheck, which call the same kernels on the same shapes thousands of times more.
+SANITIZED := build/sanitized
+LIBASAN := $(shell $(CXX) -print-file-name=libasan.so)
+LIBUBSAN := $(shell $(CXX) -print-file-name=libubsan.so)
+
+sanitize: $(VENV)/dev.stamp
+ifeq ($(filter /%,$(LIBASAN)),)
+	@echo "make sanitize: $(CXX) has no libasan.so (it comes with GCC): nothing was sanitized"; test -z "$$CI"
+else
+	CXX=$(CXX) SAFNET_OPS_SANITIZE=1 FORCE_CUDA=0 $(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
+	LD_PRELOAD="$(LIBASAN) $(LIBUBSAN)" ASAN_OPTIONS=detect_leaks=0 $(RUN) pytest -o pythonpath="tests $(SANITIZED)" tests/ops \
+		-m "not slow" -k "not compile and not export and not gradcheck and not opcheck"
+endif
 
 bench: $(VENV)/dev.stamp
 	$(RUN) pip install --quiet -e ".[bench]" --no-build-isolation

@@ -103,10 +103,11 @@ class BuildExtensions(build_ext):
         if os.environ.get("SAFNET_OPS_SANITIZE") == "1":
             folder += "-sanitized"
             sanitizers = [
-                "-fsanitize=address,undefined",
-                "-fno-omit-frame-pointer",
-                "-fno-sanitize-recover=undefined",
+                "-O1",  # the last one wins; at -O3 the convolution alone compiles for minutes
                 "-g",
+                "-fsanitize=address,undefined,float-cast-overflow",
+                "-fno-sanitize-recover=all",
+                "-fno-omit-frame-pointer",
             ]
             flags, link_flags = [*flags, *sanitizers], [*link_flags, *sanitizers]
             self._decide("with AddressSanitizer and UndefinedBehaviorSanitizer")
