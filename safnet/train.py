@@ -17,18 +17,19 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 import safnet_ops
 from safnet.ablation import ablate
 from safnet.datasets import SceneFiles, find_scenes
+from safnet.initialisation import fit_flow, kaiming, match_frames
 from safnet.losses import census_loss, flow_loss, picture_loss
 from safnet.metrics import psnr_l, psnr_mu
 from safnet.model import Alignment, Fusion, SAFNet
 from safnet.perceptual import VGG16, load_vgg16, perceptual_loss
 from safnet.radiance import tone_map
 from safnet.train_callbacks import CHECKPOINT, METRICS, Keeper, MetricsFile, ProgressLine, Strip
-from safnet.train_data import Crop, Scenes, Whole, load_crops, open_scenes
+from safnet.train_data import Crop, Crops, Scenes, Whole, load_crops, open_scenes
 from safnet.train_settings import (
     CHANGEABLE,
     CONFIGURATION,
@@ -45,7 +46,7 @@ SCALE = 0.5  # of the sides at which flow and mask are estimated
 PRECISIONS: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 LOSSES = ("refined", "perceptual", "fused", "census", "flow")
 SCORES = ("fused_psnr_mu", "fused_psnr_l", "refined_psnr_mu", "refined_psnr_l")
-PRELU_SLOPE = 0.25  # with which torch begins
+FIT_PIXELS = 160 * 128**2  # of crops from which the flow's first weights are fitted
 
 
 class Finished(NamedTuple):
@@ -79,6 +80,8 @@ def train(settings: TrainSettings, *, quiet: bool = False) -> Finished:
     lightning.seed_everything(settings.seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     module = Training(settings, scenes, held_out, vgg16, start)
+    if settings.initialisation == "matching" and not step and start is None and "flow" not in settings.left_out:
+        fit_to_scenes(module)
     keeper = Keeper(settings)
     callbacks: list[Callback] = [keeper, ProgressLine(settings, quiet)]
     if held_out:
@@ -166,17 +169,26 @@ def _loggers(settings: TrainSettings, step: int) -> list[Logger]:
 def fresh_model(settings: TrainSettings) -> SAFNet:
     """A model whose flows and residual are 0 and masks one half, so that training starts at the unaligned merge."""
     model = SAFNet(settings.model)
-    if settings.kaiming:
-        for module in (*model.encoder.modules(), *model.decoder.modules()):
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, PRELU_SLOPE)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+    if settings.initialisation == "kaiming":
+        kaiming(model)
+    elif settings.initialisation == "matching":
+        match_frames(model)
     layers: tuple[Any, Any] = model.decoder.conv6, last_refine_layer(model)
     for layer in layers:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return model
+
+
+def fit_to_scenes(module: "Training") -> None:
+    """Let a fresh model that compares the frames read the flow off that, where scenes have a known flow."""
+    settings = module.settings
+    assert module.scenes is not None
+    crops = Crops(module.scenes, settings)
+    count = min(96, max(4, FIT_PIXELS // settings.crop**2))
+    batches = [default_collate([crops[number]]) for number in range(count)]
+    if all(batch.visible.any((0, 2, 3)).all() for batch in batches):
+        fit_flow(module.model, ((batch.exposures, batch.flow, batch.visible) for batch in batches), SCALE)
 
 
 def last_refine_layer(model: SAFNet) -> Any:

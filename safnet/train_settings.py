@@ -62,9 +62,12 @@ class TrainSettings:
     model: Annotated[Variant, Explained("SAFNet or SAFNet-S.", MODEL)] = "full"
     without: Annotated[str, Explained(f"Parts to leave out, with commas: {', '.join(PARTS)}.", MODEL)] = ""
     start: Annotated[Path | None, Explained("Weights to start from, where names and shapes fit.", MODEL)] = None
-    kaiming: Annotated[
-        bool, Explained("Kaiming initialisation; torch's default lets the signal die in the encoder.", MODEL)
-    ] = True
+    initialisation: Annotated[
+        Literal["matching", "kaiming", "torch"],
+        Explained(
+            "Weights of a fresh model: comparing the frames, Kaiming's, or torch's, which lose the signal.", MODEL
+        ),
+    ] = "kaiming"
     window: Annotated[int, Explained("Side of the windows that are refined; divides --crop.", MODEL)] = 128
     windows: Annotated[int, Explained("Windows of each crop that are refined, drawn at random; 0 for all.", MODEL)] = 0
     warp: Annotated[

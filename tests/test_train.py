@@ -18,6 +18,7 @@ from safnet.weights import WeightsError
 
 pytest.importorskip("lightning", reason="training needs the extra `train`")
 
+import safnet.train
 from safnet.perceptual import VGG16
 from safnet.train import Training, fresh_model, train
 from safnet.train_callbacks import CHECKPOINT, METRICS, PICTURES, WEIGHTS, Keeper
@@ -212,11 +213,11 @@ def test_the_full_model_starts_from_a_small_ones_encoder_and_decoder(settings):
             assert torch.equal(module.model.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("kaiming", [True, False])
+@pytest.mark.parametrize("initialisation", ["matching", "kaiming", "torch"])
 @pytest.mark.parametrize("variant", ["small", "full"])
-def test_training_starts_at_the_unaligned_merge(settings, variant, kaiming):
+def test_training_starts_at_the_unaligned_merge(settings, variant, initialisation):
     exposures = torch.rand(3, 1, 6, 32, 32)
-    model = fresh_model(replace(settings, model=variant, kaiming=kaiming))
+    model = fresh_model(replace(settings, model=variant, initialisation=initialisation))
     alignment = model.estimate(*exposures)
     assert all(part.abs().max() == 0 for part in alignment)
     fused, refined = model(*exposures)
@@ -228,11 +229,11 @@ def test_kaiming_initialisation_keeps_the_signal(settings):
     torch.manual_seed(0)
     exposure = torch.rand(1, 6, 128, 128, generator=torch.Generator().manual_seed(0))
     spread = {}
-    for kaiming in (True, False):
-        features = fresh_model(replace(settings, kaiming=kaiming)).encoder(exposure)[-1]
-        spread[kaiming] = features.std((2, 3)).mean().item()
-    assert spread[True] > 0.05
-    assert spread[True] > 10 * spread[False]
+    for initialisation in ("kaiming", "torch"):
+        features = fresh_model(replace(settings, initialisation=initialisation)).encoder(exposure)[-1]
+        spread[initialisation] = features.std((2, 3)).mean().item()
+    assert spread["kaiming"] > 0.05
+    assert spread["kaiming"] > 10 * spread["torch"]
 
 
 def test_encoder_and_last_layer_have_rates_of_their_own(settings):
@@ -390,3 +391,19 @@ def test_a_run_is_gone_on_with_as_it_was_begun(settings):
         train(replace(settings, batch=1), quiet=True)
     with pytest.raises(TrainingError, match="--steps must be at least the 4 done"):
         train(replace(settings, steps=2), quiet=True)
+
+
+def test_weights_that_match_frames_are_fitted_to_the_scenes_before_the_first_step(settings, monkeypatch):
+    """Scenes that move by whole pixels: the flow is nearer to the true one than none is, before anything was learned."""
+    from safnet.train_data import FileScenes, find_scenes
+
+    torch.set_num_threads(1)
+    module = Training(replace(settings, initialisation="matching", crop=64), None)
+    module.scenes = FileScenes(find_scenes("kalantari17", settings.scenes, "Training"))
+    monkeypatch.setattr(safnet.train, "FIT_PIXELS", 16 * 64**2)
+    safnet.train.fit_to_scenes(module)
+    crop = torch.utils.data.default_collate([Crops(module.scenes, module.settings)[n] for n in range(1000, 1008)])
+    fusion = module.model.fuse(*crop.exposures.unbind(1), module.model.estimate(*crop.exposures.unbind(1)))
+    inner = (..., slice(16, -16), slice(16, -16))
+    error = (fusion.alignment.flow_short - crop.flow[:, 0]).norm(dim=1)[inner].mean()
+    assert error < 0.8 * crop.flow[:, 0].norm(dim=1).mean()

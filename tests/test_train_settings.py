@@ -42,17 +42,15 @@ def test_the_command_has_the_settings_defaults(given):
 
 def test_options_win_over_the_file(given, tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(
-        "out: runs/a\nmodel: small\nlearning-rate: 3e-4\nwarm_up: 7\nkaiming: false\nvalidation:\nbatch: 2\n"
-    )
+    path.write_text("out: runs/a\nmodel: small\nlearning-rate: 3e-4\nwarm_up: 7\nwarp: crop\nvalidation:\nbatch: 2\n")
     settings = given("--config", path, "--batch", 6, "--scenes", "data")
     assert settings == TrainSettings(
-        Path("runs/a"), Path("data"), model="small", learning_rate=3e-4, warm_up=7, kaiming=False, batch=6
+        Path("runs/a"), Path("data"), model="small", learning_rate=3e-4, warm_up=7, warp="crop", batch=6
     )
 
 
 def test_a_stored_configuration_gives_the_same_settings(given, tmp_path):
-    settings = TrainSettings(Path("a b"), Path("s"), without="mask,refine", last_learning_rate=1e-6, kaiming=False)
+    settings = TrainSettings(Path("a b"), Path("s"), without="mask,refine", last_learning_rate=1e-6, warp="crop")
     write_configuration(settings, tmp_path / "config.yaml")
     assert given("--config", tmp_path / "config.yaml") == settings
 
@@ -75,7 +73,7 @@ def test_shipped_configurations_are_usable(given, name):
         ("learning-rate: fast", "learning-rate must be a number, got 'fast'"),
         ("flow_weight: true", "flow_weight must be a number, got True"),
         ("model: tiny", "model must be one of full, small, got 'tiny'"),
-        ("kaiming: perhaps", "kaiming must be true or false, got 'perhaps'"),
+        ("warp: perhaps", "warp must be one of window, crop, got 'perhaps'"),
         ("scenes: 3", "scenes must be text, got 3"),
         ("speed: 3", "unknown setting 'speed' (value 3)"),
         ("steps: [1, 2]", "steps must be a whole number, got [1, 2]"),
