@@ -36,7 +36,7 @@ class Case:
         tolerance: largest error allowed beside the reference, relative to the largest value.
         multiply_adds: of the forward, where it is arithmetic that bounds it; every gradient of a convolution takes as many.
         targets: (must, aim) as ratios of the reference's time to the kernel's.
-        in_report: whether `python -m bench.report` shows it.
+        reported: the directions that `python -m bench.report` shows.
     """
 
     operator: str
@@ -48,7 +48,7 @@ class Case:
     tolerance: float = 1e-3
     multiply_adds: int = 0
     targets: Mapping[Direction, tuple[float, float]] = field(default_factory=dict)
-    in_report: bool = True
+    reported: tuple[Direction, ...] = DIRECTIONS
 
     def __str__(self) -> str:
         return f"{self.operator} {self.setting}"

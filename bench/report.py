@@ -88,6 +88,7 @@ def report(
     only: Annotated[
         str, typer.Option(help="Print only operators whose name begins so, or 'models'; write nothing.")
     ] = "",
+    models: Annotated[bool, typer.Option(help="Measure the models, too, which takes most of the time.")] = True,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Measure though others use this machine; the page says so.")
     ] = False,
@@ -97,14 +98,14 @@ def report(
     busy = wait_for_quiet(anyway)
     began, load = time.monotonic(), OtherLoad()
     peaks = measure_peaks()
-    rows = [row for module in MODULES for case in module.CASES if case.in_report and case.operator.startswith(only)
-            for row in measure(case)]  # fmt: skip
-    models = measure_models() if only in ("", "models") else Models({}, {})
+    cases = [case for module in MODULES for case in module.CASES if case.operator.startswith(only)]
+    rows = [measure(case, direction) for case in cases for direction in case.directions if direction in case.reported]
+    end_to_end = measure_models() if models and only in ("", "models") else Models({}, {})
     lines = [
         *page_head(busy, load.share(), time.monotonic() - began, peaks),
         *targets_table(rows),
         *operators_table(rows, peaks),
-        *models_tables(models),
+        *models_tables(end_to_end),
     ]
     if only:
         print("\n".join(lines))
@@ -128,19 +129,16 @@ def wait_for_quiet(anyway: bool) -> float | None:
     return share
 
 
-def measure(case: Case) -> list[Row]:
-    """All directions of a case, behind the correctness gate."""
-    rows = []
-    for direction in case.directions:
-        console.log(f"{case} {direction}")
-        works = {name: Work(case, name, direction) for name in case.implementations}
-        for work in works.values():
-            work.check()
-        memory = {name: extra_memory(work.prepare_for_memory) for name, work in works.items()}
-        times = in_turns({name: work.prepare for name, work in works.items()}, budget=2.0)
-        some = works["reference"]
-        rows.append(Row(case, direction, times, memory, some.compulsory_bytes(), some.multiply_adds()))
-    return rows
+def measure(case: Case, direction: Direction) -> Row:
+    """All implementations of a case in one direction, behind the correctness gate."""
+    console.log(f"{case} {direction}")
+    works = {name: Work(case, name, direction) for name in case.implementations}
+    for work in works.values():
+        work.check()
+    memory = {name: extra_memory(work.prepare_for_memory) for name, work in works.items()}
+    times = in_turns({name: work.prepare for name, work in works.items()}, budget=2.0)
+    some = works["reference"]
+    return Row(case, direction, times, memory, some.compulsory_bytes(), some.multiply_adds())
 
 
 def measure_models() -> Models:
@@ -236,7 +234,7 @@ def operators_table(rows: list[Row], peaks: Peaks) -> list[str]:
 
 def models_tables(models: Models) -> list[str]:
     if not models.scores:
-        return []
+        return ["The models were left out of this run."]
     lines = [MODELS_HEAD]
     for variant, scores in models.scores.items():
         ours = next(score for score in scores if score.name == OURS and score.precision == torch.float32)
