@@ -1,43 +1,48 @@
-"""What the Triton kernels cost: registers, stack and shared memory of the machine code, and a modelled time.
+"""What the Triton kernels cost: writes their part of docs/kernels.md, and measures the host time of a call.
 
-    python -m tools.triton_costs             # the tables of docs/triton.md
-    python -m tools.triton_costs --registers # compile only
-    python -m tools.triton_costs --modelled  # execute on the simulator only
-    python -m tools.triton_costs --overhead  # host time of a call whose kernel does nothing
+    python -m tools.triton_costs                        # both tables, into docs/kernels.md
+    python -m tools.triton_costs --registers [--only PATTERN]  # print: compile to machine code
+    python -m tools.triton_costs --modelled [--only PATTERN]   # print: execute on the simulator
+    python -m tools.triton_costs --overhead             # print: host time of calls whose kernels do nothing
 
-No GPU is needed. Kernels are those that the library launches for the calls of `CASES`, in every autotuning
-configuration,
-compiled to machine code by Triton's own ptxas. Modelled figures are lower bounds by instruction and byte counts,
-not times.
+No GPU is needed. Registers are those of the kernels that the library launches for `CALLS`, in every autotuning
+configuration, by Triton's own ptxas. Modelled costs are of the same calls, and by the same model, as the CUDA kernels' in
+tools/kernel_costs.py: lower bounds by instruction and byte counts, not times.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
 
-import ptxsim
-from ptxsim import triton_bridge
+import ptxsim  # noqa: E402
+from ptxsim import triton_bridge  # noqa: E402
 
-import safnet_ops
-from safnet_ops import backends
+import safnet_ops  # noqa: E402
+from safnet_ops.triton import common  # noqa: E402
 
+PAGE = ROOT / "docs" / "kernels.md"
+MARKS = "<!-- triton:begin -->", "<!-- triton:end -->"
 ARCHITECTURES = (80, 90, 100)
+_numbers = itertools.count()
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -54,10 +59,19 @@ class Kernel:
         return {self.source.fn.arg_names[path[0]]: value for path, value in self.source.constants.items()}
 
     @property
-    def label(self) -> str:
-        """Configuration and warps, as in "BLOCK 128, 4 warps"."""
-        blocks = [f"{name} {value}" for name, value in self.constants.items() if name.startswith(("BLOCK", "TILE"))]
+    def configuration(self) -> str:
+        """Tile and warps, as in "BLOCK 128, 4 warps"; tiles of two heights as in "BLOCK_M 32+16"."""
+        constants = self.constants
+        blocks = [f"{name} {value}" for name, value in constants.items() if name.startswith(("BLOCK", "TILE"))]
+        if constants.get("REST_M"):
+            blocks[0] += f"+{constants['REST_M']}"
         return ", ".join([*blocks, f"{self.options['num_warps']} warps"])
+
+    @property
+    def identity(self) -> str:
+        """Equal for the variants that differ in the width of their offsets only."""
+        constants = {name: str(value) for name, value in self.constants.items() if name != "WIDE"}
+        return f"{self.name} {constants} {self.source.signature} {self.options}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,9 @@ class Resources:
     stack: int
     shared: int
 
+    def __str__(self) -> str:
+        return f"{self.registers} + {self.stack} B spilled" if self.stack else str(self.registers)
+
 
 class _Recorder(triton_bridge._Driver):
     """A driver that notes what is launched and runs nothing; with `all_configurations`, autotuning tries every one."""
@@ -76,9 +93,10 @@ class _Recorder(triton_bridge._Driver):
         super().__init__(80)
         self.kernels: dict[str, Kernel] = {}
         self.all_configurations = all_configurations
+        self.name = f"recorder {next(_numbers)}"
 
     def get_current_device(self) -> str:
-        return f"recorder{id(self)}"  # kernels are compiled, and so noted, anew for each recorder
+        return self.name  # kernels are compiled, and so noted, anew for each recorder
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
         options = {name: getattr(metadata, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
@@ -97,8 +115,7 @@ class _Recorder(triton_bridge._Driver):
 
 @contextlib.contextmanager
 def recording(all_configurations: bool = True) -> Iterator[dict[str, Kernel]]:
-    """Library calls on CPU tensors in this block compile their Triton kernels but do not run them; yields the
-    kernels."""
+    """Library calls on CPU tensors in this block compile their Triton kernels but do not run them; yields the kernels."""
     recorder = _Recorder(all_configurations)
     from triton.runtime import driver
 
@@ -109,14 +126,18 @@ def recording(all_configurations: bool = True) -> Iterator[dict[str, Kernel]]:
     forget_tuning()
 
 
+def tuners() -> list[Any]:
+    """The autotuners of all Triton kernels in the library."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("safnet_ops.triton.")]
+    values = [value for module in modules for value in vars(module).values()]
+    flat = [part for value in values for part in (value.values() if isinstance(value, dict) else [value])]
+    return [value for value in flat if isinstance(value, triton.runtime.Autotuner)]
+
+
 def forget_tuning() -> None:
     """Empty the autotuners' caches, so that every configuration is compiled again."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("safnet_ops.triton."):
-            for value in vars(module).values():
-                for tuner in value.values() if isinstance(value, dict) else [value]:
-                    if isinstance(tuner, triton.runtime.Autotuner):
-                        tuner.cache.clear()
+    for tuner in tuners():
+        tuner.cache.clear()
 
 
 def compile_for(kernel: Kernel, architecture: int) -> Resources:
@@ -135,146 +156,299 @@ def compile_for(kernel: Kernel, architecture: int) -> Resources:
     return Resources(registers, stack + local, compiled.metadata.shared)
 
 
-def _pictures(count: int, channels: int, dtype: torch.dtype, size: tuple[int, int], last: bool = False) -> list[Tensor]:
-    layout = torch.channels_last if last else torch.contiguous_format
-    return [torch.rand(1, channels, *size).to(dtype, memory_format=layout).requires_grad_() for _ in range(count)]
+# --- registers: what is compiled
 
 
-def _smooth_flow(size: tuple[int, int], count: int = 1) -> list[Tensor]:
-    """Flows as an estimator gives them: neighbours sample neighbouring pixels."""
-    y, x = torch.meshgrid(torch.linspace(0, 3, size[0]), torch.linspace(0, 3, size[1]), indexing="ij")
-    flow = torch.stack([3 * torch.sin(x + y) + 0.4, 2 * torch.cos(x - y) + 0.3])[None]
-    return [(flow * (-1) ** i).requires_grad_() for i in range(count)]
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator as SAFNet makes it, forward and backward with all gradients."""
 
+    operator: str
+    dtype: torch.dtype
+    channels_last: bool
+    variant: str = ""
+    exact: bool = True  # float32 convolutions: False for TF32
 
-def _warp(dtype: torch.dtype, last: bool, size: tuple[int, int]) -> None:
-    (image,) = _pictures(1, 40, dtype, size, last)
-    out = safnet_ops.backward_warp(image, *_smooth_flow(size), backend="triton")
-    out.backward(torch.ones_like(out))
+    @property
+    def name(self) -> str:
+        return ", ".join(part for part in (self.operator, self.variant, self.types, self.layout) if part)
 
+    @property
+    def is_usual(self) -> bool:
+        return self.variant in ("", "120 channels, 3 groups")
 
-def _fuse(dtype: torch.dtype, last: bool, size: tuple[int, int]) -> None:
-    *images, ldr = _pictures(4, 3, dtype, size, last)
-    masks = _pictures(2, 1, torch.float32, size)
-    out = safnet_ops.fused_fuse(*images, *_smooth_flow(size, 2), *masks, ldr, backend="triton")
-    out.backward(torch.ones_like(out))
+    @property
+    def in_every_configuration(self) -> bool:
+        """Whether the table shows all of them; the convolution's are checked by `pytest -m slow`, as they take minutes."""
+        usual = self.is_usual and self.operator != "group_conv_shuffle"
+        return usual and self.dtype in (torch.float32, torch.float16)
 
+    @property
+    def types(self) -> str:
+        if self.operator != "group_conv_shuffle" or self.dtype != torch.float32:
+            return str(self.dtype)[6:]
+        return "float32, exact" if self.exact else "float32 as TF32"
 
-def _upsample(dtype: torch.dtype, last: bool, size: tuple[int, int]) -> None:
-    low = (size[0] // 2, size[1] // 2)
-    with torch.no_grad():
-        *images, ldr = _pictures(4, 3, dtype, size, last)
-        masks = _pictures(2, 1, torch.float32, low)
-        safnet_ops.upsample_fuse(*images, *_smooth_flow(low, 2), *masks, ldr, backend="triton")
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
 
+    def __call__(self, size: tuple[int, int] = (16, 16)) -> None:
+        was_deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self.variant == "deterministic")
+        try:
+            with _float32_products("ieee" if self.exact else "tf32"):
+                self._run(size)
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic)
 
-def _census(dtype: torch.dtype, last: bool, size: tuple[int, int]) -> None:
-    safnet_ops.census_loss(*_pictures(2, 3, dtype, size, last), backend="triton").backward()
-
-
-def _convolution(dtype: torch.dtype, last: bool, size: tuple[int, int], exact: bool = False) -> None:
-    with torch.backends.cudnn.flags(allow_tf32=not exact):
-        (input,) = _pictures(1, 120, dtype, size, last)
-        weight, bias, prelu = (
-            torch.rand(shape, dtype=dtype, requires_grad=True) for shape in ((120, 40, 3, 3), (120,), (120,))
-        )
-        out = safnet_ops.group_conv_shuffle(input, weight, bias, prelu, 3, backend="triton")
+    def _run(self, size: tuple[int, int]) -> None:
+        height, width = size
+        if self.operator == "backward_warp":
+            out = safnet_ops.backward_warp(self._picture(40, *size), self._geometry(2, *size), backend="triton")
+        elif self.operator == "census_loss":
+            out = safnet_ops.census_loss(self._picture(3, *size), self._picture(3, *size), backend="triton")
+        elif self.operator == "group_conv_shuffle":
+            channels, groups = map(int, re.findall(r"\d+", self.variant))
+            weight = torch.rand(channels, channels // groups, 3, 3, dtype=self.dtype, requires_grad=True)
+            bias, slopes = (torch.rand(channels, dtype=self.dtype, requires_grad=True) for _ in range(2))
+            image = self._picture(channels, *size)
+            out = safnet_ops.group_conv_shuffle(image, weight, bias, slopes, groups, backend="triton")
+        else:
+            images = [self._picture(3, *size) for _ in range(4)]
+            if self.operator == "upsample_fuse":
+                low = ((height + 1) // 2, (width + 1) // 2)
+                with torch.no_grad():
+                    geometry = [self._geometry(channels, *low) for channels in (2, 2, 1, 1)]
+                    safnet_ops.upsample_fuse(*images[:3], *geometry, images[3], backend="triton")
+                return
+            geometry = [self._geometry(channels, *size) for channels in (2, 2, 1, 1)]
+            if self.variant == "explicit weights, logits":
+                weights = tuple(self._picture(3, *size) for _ in range(3))
+                options: dict[str, Any] = {"weights": weights, "mask_logits": True}
+                out = safnet_ops.fused_fuse(*images[:3], *geometry, **options, backend="triton")
+            else:
+                out = safnet_ops.fused_fuse(*images[:3], *geometry, images[3], backend="triton")
         out.backward(torch.ones_like(out))
 
+    def _picture(self, channels: int, height: int, width: int) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.rand(1, channels, height, width).to(self.dtype, memory_format=layout).requires_grad_()
 
-def _cases() -> dict[str, Callable[[tuple[int, int]], None]]:
-    """What SAFNet calls, by operator, dtype and layout: forward and backward, all gradients."""
-    found: dict[str, Callable[[tuple[int, int]], None]] = {}
-    kinds = (
-        ("float32", torch.float32, False),
-        ("float16", torch.float16, False),
-        ("float16 channels_last", torch.float16, True),
-    )
-    for name, call in (
-        ("backward_warp", _warp),
-        ("fused_fuse", _fuse),
-        ("upsample_fuse", _upsample),
-        ("census_loss", _census),
-    ):
-        for kind, dtype, last in kinds[: 3 if call is _warp else 2]:
-            found[f"{name} {kind}"] = functools.partial(call, dtype, last)
-    for kind, dtype, last in (("TF32", torch.float32, False), *kinds[1:]):
-        found[f"group_conv_shuffle {kind}"] = functools.partial(_convolution, dtype, last)
-    found["group_conv_shuffle exact float32"] = functools.partial(_convolution, torch.float32, False, exact=True)
+    def _geometry(self, channels: int, height: int, width: int) -> Tensor:
+        """A flow or a mask: float32, or float64 as the pictures."""
+        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.rand(1, channels, height, width, dtype=kind, requires_grad=True)
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision  # type: ignore[attr-defined]
+    conv.fp32_precision = precision  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before  # type: ignore[attr-defined]
+
+
+def _calls() -> list[Call]:
+    """Every type and layout; of what is not an operator's usual call, float32 (float16 and TF32 for tensor cores)."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    found = [
+        Call(operator, dtype, last)
+        for operator in ("backward_warp", "fused_fuse", "upsample_fuse", "census_loss")
+        for dtype in dtypes
+        for last in (False, True)
+    ]
+    for last in (False, True):
+        found += [
+            Call(operator, torch.float32, last, variant)
+            for operator, variant in (
+                ("backward_warp", "deterministic"),
+                ("fused_fuse", "deterministic"),
+                ("fused_fuse", "explicit weights, logits"),
+            )
+        ]
+        conv = "group_conv_shuffle"
+        found += [Call(conv, dtype, last, "120 channels, 3 groups") for dtype in dtypes]
+        found += [Call(conv, torch.float32, last, "120 channels, 3 groups", exact=False)]
+        found += [Call(conv, torch.float16, last, "80 channels, 1 group")]
+        found += [Call(conv, torch.float32, last, "80 channels, 1 group", exact=False)]
     return found
 
 
-CASES = _cases()
+CALLS = _calls()
 
 
-def print_registers(pattern: str) -> None:
-    print("| call | kernel | configuration |", " | ".join(f"sm_{a}" for a in ARCHITECTURES), "|")
-    print("|---|---|---|" + "---|" * len(ARCHITECTURES))
-    for name, call in CASES.items():
-        if not re.search(pattern, name):
+@dataclass
+class Row:
+    """A kernel in one configuration, compiled for every architecture."""
+
+    operator: str
+    variant: str
+    types: str
+    kernel: Kernel
+    layouts: set[str] = field(default_factory=set)
+    found: dict[tuple[int, bool], Resources] = field(default_factory=dict)  # by architecture and 64-bit offsets
+
+    def __str__(self) -> str:
+        cells = []
+        for architecture in ARCHITECTURES:
+            narrow, wide = self.found.get((architecture, False)), self.found.get((architecture, True))
+            cells.append(f"{narrow} ({wide})" if wide else str(narrow))
+        name = f"{self.operator}: {self.kernel.name.rpartition('.')[2].replace('_', ' ')}"
+        variant = f", {self.variant}" if self.variant else ""
+        layout = "any" if len(self.layouts) > 1 else next(iter(self.layouts))
+        shared = max(found.shared for found in self.found.values())
+        cells = [name + variant, self.types, layout, self.kernel.configuration, *cells, str(shared)]
+        return f"| {' | '.join(cells)} |"
+
+
+def register_rows(pattern: str) -> list[Row]:
+    """Compile what `CALLS` launch in the first configuration or in every one; for exact float32 the first one
+    with 64-bit offsets too."""
+    rows: dict[str, Row] = {}
+    for call in CALLS:
+        if not re.search(pattern, call.name):
             continue
-        with recording() as kernels:
-            call((16, 16))
-        for kernel in kernels.values():
-            found = [compile_for(kernel, architecture) for architecture in ARCHITECTURES]
-            cells = [f"{r.registers} / {r.stack} / {r.shared}" for r in found]
-            print("|", " | ".join([name, kernel.name.rpartition(".")[2], kernel.label, *cells]), "|", flush=True)
+        print(f"compiling {call.name}", file=sys.stderr, flush=True)
+        for wide in (False, True) if call.dtype == torch.float32 and call.exact else (False,):
+            limit = mock.patch.object(common, "WIDE_FROM", 0) if wide else contextlib.nullcontext()
+            with limit, recording(all_configurations=call.in_every_configuration and not wide) as kernels:
+                call()
+            for kernel in kernels.values():
+                row = rows.setdefault(kernel.identity, Row(call.operator, call.variant, call.types, kernel))
+                row.layouts.add(call.layout)
+                for architecture in ARCHITECTURES:
+                    if (architecture, wide) not in row.found:
+                        row.found[architecture, wide] = compile_for(kernel, architecture)
+    return list(rows.values())
 
 
-def print_modelled(pattern: str, size: tuple[int, int] = (48, 128)) -> None:
-    """Scaled from a small picture to one that fills the GPU: limits per pixel, with all multiprocessors at work."""
-    print("| call | kernel | DRAM B/pixel | L1 B/pixel | modelled ns per 1000 pixels on H100 | bound | DRAM alone |")
-    print("|---|---|---|---|---|---|---|")
-    pixels = size[0] * size[1]
-    for name, call in CASES.items():
-        if not re.search(pattern, name):
-            continue
-        with ptxsim.triton_on_cpu(), ptxsim.options(stats=True, checks=False) as launches:
-            call(size)
-        for launch in launches:
-            stats = launch.stats
-            gpu = ptxsim.GPUS["H100"]
-            model = ptxsim.roofline(stats, gpu)
-            busy = min(gpu.sms, stats.grid[0] * stats.grid[1] * stats.grid[2]) / gpu.sms
-            shared_by_all = ("DRAM", "L2", "atomics")
-            limits = {k: v * (1 if k in shared_by_all else busy) for k, v in model.limits.items()}
-            bound = max(limits, key=limits.__getitem__)
-            cells = [
-                name,
-                stats.kernel.strip("_"),
-                f"{stats.compulsory_bytes / pixels:.0f}",
-                f"{stats.global_sectors * 32 / pixels:.0f}",
-                f"{limits[bound] / pixels * 1e12:.1f}",
-                bound,
-                f"{limits['DRAM'] / pixels * 1e12:.1f}",
-            ]
-            print("|", " | ".join(cells), "|", flush=True)
+def register_table(rows: list[Row]) -> str:
+    spilling = sum(found.stack > 0 for row in rows for found in row.found.values())
+    total = sum(len(row.found) for row in rows)
+    verdict = f"{spilling} of them spill." if spilling else "None has a stack frame, none spills."
+    header = " | ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
+    lines = [
+        f"{total} compilations. {verdict}",
+        "",
+        f"| kernel | types | layout | configuration | {header} | shared memory, bytes |",
+        f"|---|---|---|---|{'---|' * (len(ARCHITECTURES) + 1)}",
+    ]
+    return "\n".join([*lines, *map(str, rows)])
+
+
+# --- modelled cost
+
+
+class SimulatedDevice:
+    """Runs the operators' Triton kernels on CPU tensors, for the cases of tools/kernel_costs.py."""
+
+    def call(self, operator: str, *arguments: Any) -> Any:
+        with ptxsim.triton_on_cpu():
+            return getattr(torch.ops.safnet_ops_triton, operator)(*arguments)
+
+
+def cost_table(pattern: str) -> str:
+    """The calls of the CUDA kernels' table, but for exact float32 convolutions, whose simulation takes too long."""
+    from tools import kernel_costs
+
+    torch.manual_seed(2407)
+    device: Any = SimulatedDevice()
+    lines = [f"| {' | '.join(kernel_costs.TITLES)} |", f"|{'---|' * len(kernel_costs.TITLES)}"]
+    makers = (kernel_costs.fuse_cases, kernel_costs.warp_cases, kernel_costs.census_cases, kernel_costs.conv_cases)
+    for case in (case for make in makers for case in make() if re.search(pattern, case.name)):
+        if not re.search("group_conv_shuffle.*float32", case.name):
+            lines.append(kernel_costs.cost_row(case, device))
+            print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+# --- the page
+
+
+def section(registers: str, costs: str) -> str:
+    """The Triton kernels' part of docs/kernels.md."""
+    return f"""{MARKS[0]}
+## The Triton kernels beside them
+
+Written by `python -m tools.triton_costs`; no GPU was used. How these kernels work: [triton.md](triton.md).
+
+### Modelled cost on an H100, Triton
+
+**Modelled, not measured**: the calls, columns and model of the CUDA kernels' table above, for the PTX that Triton
+{triton.__version__} compiles for sm_80 from each kernel's first configuration. Launches that torch makes around the
+kernels (zeroing of sums, repacking of weights, the last addition of partial sums) are in neither count. Exact float32
+convolutions are left out: their simulation takes too long.
+
+{costs}
+
+Where the two differ: a Triton tile has one width of access and no shared memory that a program could index. So planar
+kernels gather four bytes a lane, where CUDA threads own four pixels and share their address arithmetic (more
+instructions a pixel, the same bytes); the census loss reads grey planes through L1 that the CUDA kernel keeps in shared
+memory, and writes them first (more bytes and more launches); the convolution loads each tap's pixels anew, and its tiles
+are powers of two (48 rows for 40 channels), where the CUDA kernel loads a tile with its halo once.
+
+### Registers, Triton
+
+Registers a thread, from the machine code of Triton's own ptxas; in brackets with 64-bit offsets, compiled for float32 in
+the first configuration. Of bfloat16, float64, convolutions and unusual calls there is the first configuration only
+(`pytest -m slow tests/triton` compiles all of them). A row that says
+"any" layout is one kernel for both: only its strides differ. {registers}
+{MARKS[1]}
+"""
+
+
+def write_section(text: str) -> None:
+    """Put `text` between its marks in docs/kernels.md, or at the end where there are none yet."""
+    page = PAGE.read_text()
+    before, begin, rest = page.partition(MARKS[0])
+    if begin:
+        _, end, after = rest.partition(MARKS[1] + "\n")
+        assert end, f"{PAGE} holds {MARKS[0]} without {MARKS[1]}"
+    else:
+        before, after = page.rstrip("\n") + "\n\n", ""
+    partial = PAGE.with_suffix(".part")
+    partial.write_text(before + text + after)
+    partial.replace(PAGE)
+
+
+# --- host time
 
 
 def print_overhead() -> None:
-    """Host microseconds of a whole call of the public function: checks, dispatcher, allocation, Triton's launcher
-    in Python."""
-    print("| call | backend | us a call, median of 7 x 200 |")
-    print("|---|---|---|")
+    """Host time of a whole call of the public function with pictures of one pixel, forward without gradients.
+
+    Included: checks, torch's dispatcher, allocations, and Triton's launch path in Python down to its launcher, which is
+    replaced by a function that returns at once. Not included: that launcher (in C), the driver and the GPU. The C++ kernel
+    beside it, called through the same function, does compute its one pixel.
+    """
+    print("| call | launches | Triton, us | compiled C++ module, us | Triton's extra, us a launch |")
+    print("|---|---|---|---|---|")
     image, flow = torch.rand(1, 3, 1, 1), torch.rand(1, 2, 1, 1)
     mask = torch.rand(1, 1, 1, 1)
     fusion = (image, image, image, flow, flow, mask, mask, image)
-    weight = torch.rand(3, 3, 3, 3)
-    calls: dict[str, Callable[[str], Any]] = {
-        "backward_warp": lambda backend: safnet_ops.backward_warp(image, flow, backend=backend),
-        "fused_fuse": lambda backend: safnet_ops.fused_fuse(*fusion, backend=backend),
-        "upsample_fuse": lambda backend: safnet_ops.upsample_fuse(*fusion, backend=backend),
-        "census_loss": lambda backend: safnet_ops.census_loss(image, image, backend=backend),
-        "group_conv_shuffle": lambda backend: safnet_ops.group_conv_shuffle(image, weight, backend=backend),
+    arguments: dict[str, tuple[Tensor, ...]] = {
+        "backward_warp": (image, flow),
+        "fused_fuse": fusion,
+        "upsample_fuse": fusion,
+        "census_loss": (image, image),
+        "group_conv_shuffle": (image, torch.rand(3, 3, 3, 3)),
     }
-    with recording(all_configurations=False):
-        for name, call in calls.items():
-            for backend in ("triton", "cpp"):
-                if backends.why_missing(name, backend) is None:
-                    print(f"| {name} | {backend} | {_median_us(functools.partial(call, backend)):.0f} |", flush=True)
+    for name, tensors in arguments.items():
+        call = functools.partial(getattr(safnet_ops, name), *tensors)
+        compiled = _median_us(functools.partial(call, backend="cpp"))
+        with recording(all_configurations=False) as kernels:
+            found = _median_us(functools.partial(call, backend="triton"))
+        launches = len(kernels)  # each of a forward's kernels is launched once
+        extra = (found - compiled) / launches
+        print(f"| {name} | {launches} | {found:.0f} | {compiled:.1f} | {extra:.0f} |", flush=True)
 
 
 def _median_us(call: Callable[[], Any]) -> float:
+    """Microseconds a call: the median of 7 means over 200 calls."""
     times = []
     call()
     for _ in range(7):
@@ -286,21 +460,20 @@ def _median_us(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Costs of the Triton kernels: machine code, model, host overhead.")
-    parser.add_argument("--registers", action="store_true")
-    parser.add_argument("--modelled", action="store_true")
-    parser.add_argument("--overhead", action="store_true")
-    parser.add_argument(
-        "--only", default="", metavar="PATTERN", help="regular expression that a call's name must match"
-    )
-    arguments = parser.parse_args()
-    everything = not (arguments.registers or arguments.modelled or arguments.overhead)
-    if arguments.registers or everything:
-        print_registers(arguments.only)
-    if arguments.modelled or everything:
-        print_modelled(arguments.only)
-    if arguments.overhead or everything:
+    parser = argparse.ArgumentParser(description="Costs of the Triton kernels: machine code, model, host time.")
+    parser.add_argument("--registers", action="store_true", help="print the table of registers")
+    parser.add_argument("--modelled", action="store_true", help="print the table of modelled costs")
+    parser.add_argument("--overhead", action="store_true", help="print the host time of calls")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression that a row's call must match")
+    options = parser.parse_args()
+    if options.registers:
+        print(register_table(register_rows(options.only)))
+    if options.modelled:
+        print(cost_table(options.only))
+    if options.overhead:
         print_overhead()
+    if not (options.registers or options.modelled or options.overhead):
+        write_section(section(register_table(register_rows(options.only)), cost_table(options.only)))
 
 
 if __name__ == "__main__":

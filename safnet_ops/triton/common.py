@@ -1,8 +1,7 @@
 """What the Triton kernels share: compilation for all sizes at once, launching, tiles of pixels, and bilinear sampling.
 
-A kernel is compiled once for each combination of dtypes and constexpr switches, never for a size: sizes and
-strides are not
-specialised. Tiles hold pixels along one axis and channels along the other, the one that is dense in memory last.
+A kernel is compiled once for each combination of dtypes and constexpr switches, never for a size: sizes and strides are
+not specialised. Tiles hold pixels along one axis and channels along the other, the one that is dense in memory last.
 """
 
 import contextlib
@@ -36,6 +35,9 @@ def launch(operator: str, device: torch.device, kernel: Any, grid: Any, *args: A
     """
     if device.type != "cuda" and not _launches_on(device):
         raise RuntimeError(f"{operator}: backend 'triton' runs CUDA tensors, got device {str(device)!r}")
+    if isinstance(kernel, triton.runtime.Autotuner) and torch.are_deterministic_algorithms_enabled():
+        # Tuning may choose otherwise when the program runs again, and another tile sums in another order.
+        kernel, switches = kernel.fn, switches | kernel.configs[0].all_kwargs()
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Fusing a * b + c is what nvcc does too; Triton's own default is about to change.
         kernel[grid](*args, **switches, enable_fp_fusion=True)
@@ -116,7 +118,6 @@ def vector_length(tensors: Sequence[Tensor]) -> int:
 
 
 # --- device functions
-# -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -126,8 +127,14 @@ def pixel_block(program, height, width, BLOCK: tl.constexpr, WIDE: tl.constexpr)
     pixels = height.to(INDEX) * width
     blocks = tl.cdiv(pixels, BLOCK)
     program = program.to(INDEX)
-    p = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    return program // blocks, p // width, p % width, p < pixels
+    first = program % blocks * BLOCK
+    p = first + tl.arange(0, BLOCK)
+    if WIDE:
+        # Lanes divide in 32 bits: a division of 64 is a subroutine, with registers spilled around its call.
+        along = (first % width).to(tl.int32) + tl.arange(0, BLOCK)
+        return program // blocks, first // width + along // width, (along % width).to(INDEX), p < pixels
+    else:
+        return program // blocks, p // width, p % width, p < pixels
 
 
 @triton.jit

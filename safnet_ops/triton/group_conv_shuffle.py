@@ -1,11 +1,10 @@
 """group_conv_shuffle in Triton: implicit GEMM over taps and channels, one epilogue for bias, residual, PReLU and
 shuffle.
 
-A program computes all (up to 128) channels of one group for a block of pixels. 40 channels would waste 24 rows of
-a tile of 64,
-so a tile may be two: 32 + 16 rows share every block of the input. Weights are repacked once a call to (tap, row,
-depth), which
-makes their reads dense; the backward of the input is the same kernel with weights transposed and taps mirrored.
+A program computes all (up to 128) channels of one group for a block of pixels. 40 channels would waste 24 rows of a tile
+of 64, so a tile may be two: 32 + 16 rows share every block of the input. Weights are repacked once a call to (tap, row,
+depth), which makes their reads dense; the backward of the input is the same kernel with weights transposed and taps
+mirrored.
 """
 
 from typing import Any
@@ -91,7 +90,7 @@ def _finish(
     ACC: tl.constexpr,
 ):
     """Add bias and residual, keep the result if asked, apply PReLU, and store in shuffled order."""
-    y, x = over_channels(y, CHANNELS_LAST), over_channels(x, CHANNELS_LAST)
+    y, x = over_channels(y.to(n.dtype), CHANNELS_LAST), over_channels(x.to(n.dtype), CHANNELS_LAST)
     c = group * rows + m
     mask = over_channels(valid, CHANNELS_LAST) & over_pixels(m < rows, CHANNELS_LAST)
     tile_c = over_pixels(c, CHANNELS_LAST).to(n.dtype)
@@ -158,19 +157,20 @@ def _convolve(
         rest_sums = tl.zeros([BLOCK_P, REST_M] if CHANNELS_LAST else [REST_M, BLOCK_P], ACC)
     base = source + n * stride(source_strides, 0) + group.to(n.dtype) * depth * stride(source_strides, 1)
     depth_blocks = tl.cdiv(depth, BLOCK_K)
+    row, column = y.to(tl.int32), x.to(tl.int32)  # only offsets ever need 64 bits
     for turn in range(0, 9 * depth_blocks):
         tap = turn // depth_blocks
         k = turn % depth_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         if TRANSPOSED:
             # The outputs that read pixel (y, x) through this tap: those at whole multiples of the stride.
-            far_y, far_x = y + (1 - tap // 3) * dilation, x + (1 - tap % 3) * dilation
+            far_y, far_x = row + (1 - tap // 3) * dilation, column + (1 - tap % 3) * dilation
             from_y, from_x = far_y // step, far_x // step
             inside = valid & (far_y >= 0) & (far_x >= 0) & (far_y % step == 0) & (far_x % step == 0)
         else:
-            from_y, from_x = y * step + (tap // 3 - 1) * dilation, x * step + (tap % 3 - 1) * dilation
+            from_y, from_x = row * step + (tap // 3 - 1) * dilation, column * step + (tap % 3 - 1) * dilation
             inside = valid & (from_y >= 0) & (from_x >= 0)
         inside = inside & (from_y < source_height) & (from_x < source_width)
-        pixel = from_y * stride(source_strides, 2) + from_x * stride(source_strides, 3)
+        pixel = from_y.to(n.dtype) * stride(source_strides, 2) + from_x.to(n.dtype) * stride(source_strides, 3)
         at = over_channels(pixel, CHANNELS_LAST) + over_pixels(k.to(n.dtype) * stride(source_strides, 1), CHANNELS_LAST)
         mask = over_channels(inside, CHANNELS_LAST) & over_pixels(
             k < depth // SOURCE_VECTOR * SOURCE_VECTOR, CHANNELS_LAST
@@ -182,12 +182,12 @@ def _convolve(
             weights = _load_weight(weight, tap, rows, rest, k, depth, groups, group, WEIGHT_VECTOR)
             rest_sums = _multiply(weights, pixels, rest_sums, CHANNELS_LAST, ACC, PRECISION)
     _finish(
-        *(sums, m, n, y, x, valid, rows, groups, group, bias, prelu, residual, residual_strides),
+        *(sums, m, n, row, column, valid, rows, groups, group, bias, prelu, residual, residual_strides),
         *(preactivation, preactivation_strides, out, out_strides, TRANSPOSED, CHANNELS_LAST, ACC),
     )
     if REST_M > 0:
         _finish(
-            *(rest_sums, rest, n, y, x, valid, rows, groups, group, bias, prelu, residual, residual_strides),
+            *(rest_sums, rest, n, row, column, valid, rows, groups, group, bias, prelu, residual, residual_strides),
             *(preactivation, preactivation_strides, out, out_strides, TRANSPOSED, CHANNELS_LAST, ACC),
         )
 
@@ -220,7 +220,7 @@ def _activation_backward(
     c = over_pixels(channel, CHANNELS_LAST).to(n.dtype)
     mask = over_channels(valid, CHANNELS_LAST) & (c < channels)
     rows = channels // groups
-    shuffled = c % rows * groups + c // rows
+    shuffled = over_pixels(channel % rows * groups + channel // rows, CHANNELS_LAST).to(n.dtype)
     g = tl.load(grad + offset(n, shuffled, y, x, grad_strides), mask=mask, other=0.0).to(ACC)
     row = tl.program_id(0).to(n.dtype) * channels + channel
     if prelu is not None:
@@ -235,6 +235,17 @@ def _activation_backward(
     if inner_grad is not None:
         value = g.to(inner_grad.dtype.element_ty)
         tl.store(inner_grad + offset(n, c, y, x, inner_grad_strides), value, mask=mask)
+
+
+@triton.jit
+def _walk(n, y, x, steps, height, width):
+    """(n, y, x) of the pixel `steps` further on, in the order of rows and pictures; all divisions are 32 bits wide."""
+    pixels = height.to(n.dtype) * width
+    beyond = steps - tl.minimum(pixels - (y * width + x), 1 << 30).to(tl.int32)  # of this picture's last pixel
+    whole = tl.minimum(pixels, 1 << 30).to(tl.int32)
+    along = tl.where(beyond >= 0, beyond % whole, x.to(tl.int32) + steps)
+    n += tl.where(beyond >= 0, beyond // whole + 1, 0)
+    return n, tl.where(beyond >= 0, 0, y) + along // width, (along % width).to(n.dtype)
 
 
 @jit
@@ -275,11 +286,15 @@ def _weight_backward(
     sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     pixels = height.to(INDEX) * width
     first = tl.program_id(1).to(INDEX) * run
+    at_n, at_y, at_x = first // pixels, first % pixels // width, first % width
     for start in range(first, tl.minimum(first + run, batch * pixels), BLOCK_K):
         q = start + tl.arange(0, BLOCK_K)
-        n, p = q // pixels, q % pixels
-        y, x = p // width, p % width
         valid = q < batch * pixels
+        if WIDE:
+            n, y, x = _walk(at_n, at_y, at_x, tl.arange(0, BLOCK_K), height, width)
+            at_n, at_y, at_x = _walk(at_n, at_y, at_x, BLOCK_K, height, width)
+        else:
+            n, y, x = q // pixels, q % pixels // width, q % width
         from_y, from_x = y * step + (tap // 3 - 1) * dilation, x * step + (tap % 3 - 1) * dilation
         inside = valid & (from_y >= 0) & (from_x >= 0) & (from_y < source_height) & (from_x < source_width)
         if CHANNELS_LAST:

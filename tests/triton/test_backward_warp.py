@@ -46,8 +46,13 @@ def test_dense_channels(kind):
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)], ids=str)
 def test_only_needed_gradients(needed):
+    import ptxsim
+
     image, flow = make(channels=6)
-    check_operator(triton_warp, reference.backward_warp, (image, flow), needed, 1e-5)
+    with ptxsim.options(stats=True) as launches:
+        check_operator(triton_warp, reference.backward_warp, (image, flow), needed, 1e-5)
+    atomics = sum(launch.stats.memory("atomic global")["requests"] for launch in launches)
+    assert (atomics > 0) == needed[0]
 
 
 def test_special_flows():
@@ -96,11 +101,29 @@ def test_deterministic_backward_carries_infinity_and_nan():
     assert_close("gradient", image.grad[finite], exact.grad[finite], 1e-5)
 
 
-def test_64bit_offsets_give_the_same_bits(wide):
-    image, flow = make((9, 40))
-    narrow = check_operator(triton_warp, reference.backward_warp, (image, flow), (False, True), 1e-5)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_64bit_offsets_give_the_same_bits(layout, wide):
+    image, flow = make((9, 40), channels=8)
+    narrow = check_operator(triton_warp, reference.backward_warp, (layout(image), flow), (True, True), 1e-5)
     wide()
-    assert torch.equal(check_operator(triton_warp, reference.backward_warp, (image, flow), (False, True), 1e-5), narrow)
+    found = check_operator(triton_warp, reference.backward_warp, (layout(image), flow), (True, True), 1e-5)
+    assert torch.equal(found, narrow)
+
+
+def test_offsets_beyond_31_bits_are_noticed(monkeypatch):
+    """Rows that lie 2^28 elements apart: 5 GB of addresses, of which only the pages that are touched exist."""
+    import ptxsim
+
+    from safnet_ops.triton import common
+
+    image, flow = make((10, 5), n=1, channels=2, kind=(torch.float16, torch.float32))
+    storage = torch.UntypedStorage(10 << 29)
+    far = torch.empty(0, dtype=torch.float16).set_(storage, 0, image.shape, (0, 8, 1 << 28, 1)).copy_(image)
+    out = triton_warp(far, flow)
+    assert torch.equal(out, triton_warp(image, flow))
+    monkeypatch.setattr(common, "WIDE_FROM", 1 << 60)
+    with pytest.raises(ptxsim.errors.OutOfBounds):
+        triton_warp(far, flow)
 
 
 def test_empty_batch():
