@@ -172,8 +172,8 @@ class BuildExtensions(build_ext):
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             f"-ccbin={self.compiler_path}",
         ]
-        torch_headers = f"-isystem={Path(torch.__file__).parent / 'include'}"
-        flags += [*cuda_toolkit.architecture_flags(architectures), *defines, f"-I{CSRC}", torch_headers]
+        headers = [f"-isystem={path}" for path in self._include_dirs()]
+        flags += [*cuda_toolkit.architecture_flags(architectures), *defines, f"-I{CSRC}", *headers]
 
         ninja = NinjaFile(ROOT / "build" / f"cuda-{sys.implementation.cache_tag}", self.compiler_path)
         names = f"-DSAFNET_ARCHITECTURES={_quote(' '.join(architectures))}"

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_consta
   for (int32_t first = 0; first < a.channels; first += share) {  // the same number of rounds for all lanes of a warp
     const int32_t c = first + (kLanes == 1 ? threadIdx.y : threadIdx.x % kLanes);
     const bool busy = active && c < a.channels;
-    const R g = busy ? to_real(__ldg(grad + c * a.out.c)) : R(0);
+    const R g = busy ? to_real(read_only(grad + c * a.out.c)) : R(0);
     if (b.need_flow && busy) {
       const Corners<R> v = corners(a.image.data + c * a.image.c, cell.offset, steps);
       sum_x += g * bilinear_dx(v.v00, v.v01, v.v10, v.v11, cell.fraction_y);

@@ -73,7 +73,7 @@ template <class T, class Index>
 __device__ __forceinline__ Real<T> grey(const View<T, Index>& picture, Index n, int32_t y, int32_t x, int32_t channels) {
   const T* pixel = picture.data + picture.at(n, static_cast<Index>(y), static_cast<Index>(x));
   Real<T> sum = 0;
-  for (int32_t c = 0; c < channels; ++c) sum += to_real(__ldg(pixel + c * picture.c));
+  for (int32_t c = 0; c < channels; ++c) sum += to_real(read_only(pixel + c * picture.c));
   return sum / static_cast<Real<T>>(channels);
 }
 

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "math/bilinear.h"
@@ -36,10 +37,24 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T value[kCount];
 };
 
+// A load of what no kernel writes meanwhile. The toolkit's __ldg of halves is assembly that the compiler may execute even where
+// a condition forbids it: theirs goes through the integer of that size.
+template <class T>
+__device__ __forceinline__ T read_only(const T* source) {
+  if constexpr (sizeof(T) == 2) {
+    const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(source));
+    T value;
+    memcpy(&value, &bits, sizeof(T));
+    return value;
+  } else {
+    return __ldg(source);
+  }
+}
+
 template <int kCount, class T>
 __device__ __forceinline__ void load(const T* source, Real<T>* out) {
   if constexpr (kCount == 1) {
-    out[0] = to_real(__ldg(source));
+    out[0] = to_real(read_only(source));
   } else {
     constexpr int kBytes = sizeof(T) * kCount;
     static_assert(kBytes == 8 || kBytes % 16 == 0);
@@ -168,8 +183,8 @@ __device__ __forceinline__ CellSteps<Index> cell_steps(const View<T, Index>& ima
 template <class T, class Index>
 __device__ __forceinline__ Corners<Real<T>> corners(const T* channel, Index offset, CellSteps<Index> steps) {
   const T* corner = channel + offset;
-  return {to_real(__ldg(corner)), to_real(__ldg(corner + steps.x)), to_real(__ldg(corner + steps.y)),
-          to_real(__ldg(corner + steps.y + steps.x))};
+  return {to_real(read_only(corner)), to_real(read_only(corner + steps.x)), to_real(read_only(corner + steps.y)),
+          to_real(read_only(corner + steps.y + steps.x))};
 }
 
 }  // namespace safnet::cuda

@@ -135,12 +135,12 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
     load_base_weights<1>(images, pixel, c, &base);
     const Weights<R> w = reweight(base, exposure_short.mask, exposure_long.mask);
     // Gradients with respect to the weighted sum's terms: out = (w.a v_short + w.b v_reference + w.c v_long) / sum of weights.
-    const R grad = active ? to_real(__ldg(here(images.out, c))) * inverse_sum(w) : R(0);
+    const R grad = active ? to_real(read_only(here(images.out, c))) * inverse_sum(w) : R(0);
     Corners<R> corners_short{}, corners_long{};
     if (read_short)
       corners_short = corners(images.short_.data + c * images.short_.c, exposure_short.cell.offset, exposure_short.steps);
     if (read_long) corners_long = corners(images.long_.data + c * images.long_.c, exposure_long.cell.offset, exposure_long.steps);
-    const R v_reference = read_reference ? to_real(__ldg(here(images.reference, c))) : R(0);
+    const R v_reference = read_reference ? to_real(read_only(here(images.reference, c))) : R(0);
     const R v_short = corners_short.sample(exposure_short.cell.fraction_x, exposure_short.cell.fraction_y);
     const R v_long = corners_long.sample(exposure_long.cell.fraction_x, exposure_long.cell.fraction_y);
 
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
     const R by_short = grad * (v_short - mean) * exposure_short.mask + by_reference * (1 - exposure_short.mask);
     const R by_long = grad * (v_long - mean) * exposure_long.mask + by_reference * (1 - exposure_long.mask);
     if (b.need(kLdr)) {
-      const R z = to_real(__ldg(here(images.ldr, c)));
+      const R z = to_real(read_only(here(images.ldr, c)));
       *here(b.grad_ldr, c) = from_real<T>(triangle_weights_backward(z, {by_short, by_reference, by_long}));
     }
     if (b.need(kWeightShort)) *here(b.grad_weight_short, c) = from_real<T>(by_short);

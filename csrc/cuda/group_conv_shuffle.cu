@@ -1,17 +1,19 @@
 // group_conv_shuffle on CUDA: implicit GEMM (conv_tiles.cuh), its backward, and the preparation of the weights.
 #include "cuda/conv_tiles.cuh"
 #include "cuda/host.h"
+#include "cuda/torch_settings.h"
+#include "cuda/weight_gradient.cuh"
 
 namespace safnet::cuda {
 
-template <class T, class Index, int kM, bool kSharesRows>
-__global__ void __launch_bounds__(kConvWarps * 32, 1) convolve_tensor(const __grid_constant__ ConvArguments<T, Index> a) {
-  convolve_tile<TensorSums<T, kM, kSharesRows>, kM>(a);
+template <class T, class Index, int kN, bool kSharesRows>
+__global__ void __launch_bounds__(kConvWarps * 32, 2) convolve_tensor(const __grid_constant__ ConvArguments<T, Index> a) {
+  convolve_tile<TensorSums<T, kN, kSharesRows>, kN>(a);
 }
 
-template <class T, class Index, int kM>
-__global__ void __launch_bounds__(kConvWarps * 32, 1) convolve_plain(const __grid_constant__ ConvArguments<T, Index> a) {
-  convolve_tile<PlainSums<T, kM>, kM>(a);
+template <class T, class Index, int kN>
+__global__ void __launch_bounds__(kConvWarps * 32, 2) convolve_plain(const __grid_constant__ ConvArguments<T, Index> a) {
+  convolve_tile<PlainSums<T, kN>, kN>(a);
 }
 
 // The weights of a launch, as stages want them: [group][block][chunk][step][dy][output channel][piece][channel], rounded to
@@ -21,39 +23,37 @@ template <class T>
 struct PackArguments {
   const T* weight;
   int64_t out, in, y, x;  // strides
-  int32_t channels_in, channels_out, chunks, rows, first_out, blocks_m;  // rows: output channels of a block
+  int32_t channels_in, channels_out, chunks, rows, blocks, parts;  // rows: output channels of a block
   bool transposed, tf32;
 };
 
 template <class T>
 __device__ __forceinline__ Real<T> weight_at(const PackArguments<T>& a, int group, int out, int in, int dy, int dx) {
-  if (out >= a.channels_out || in >= a.channels_in || dx > 2) return 0;
+  if (out >= a.channels_out || in >= a.channels_in || dx >= kNoTap) return 0;
   const int64_t first = a.transposed ? int64_t{group} * a.channels_in + in : int64_t{group} * a.channels_out + out;
   const int64_t second = a.transposed ? out : in;
   if (a.transposed) dy = 2 - dy, dx = 2 - dx;
-  return to_real(__ldg(a.weight + first * a.out + second * a.in + dy * a.y + dx * a.x));
+  return to_real(read_only(a.weight + first * a.out + second * a.in + dy * a.y + dx * a.x));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackArguments<T> a, T* packed, int64_t count) {
-  constexpr int kPiece = kPieceBytes / sizeof(T);
-  const int64_t i = thread_item<int64_t>();
+__global__ void __launch_bounds__(kThreads) pack_weights(const __grid_constant__ PackArguments<T> a, T* packed) {
+  constexpr unsigned kPiece = kPieceBytes / sizeof(T);
+  const unsigned rows = a.rows, count = kTaps * rows * 2 * kPiece;
+  const unsigned piece = blockIdx.x / a.parts, i = blockIdx.x % a.parts * kThreads + threadIdx.x;
   if (i >= count) return;
-  const int k = static_cast<int>(i % kPiece), slot = static_cast<int>(i / kPiece % 2);
-  const auto row = static_cast<int>(i / (2 * kPiece) % (kTaps * a.rows));
-  int64_t rest = i / (2 * kPiece) / (kTaps * a.rows);
-  const int chunk = static_cast<int>(rest % a.chunks);
-  rest /= a.chunks;
-  const int block = static_cast<int>(rest % a.blocks_m), group = static_cast<int>(rest / a.blocks_m);
-  const int which = slot ^ (row >> 2 & 1), out = row % a.rows, dy = row / a.rows % 3, step = row / a.rows / 3;
-  const bool one_piece = a.channels_in - chunk * 2 * kPiece <= kPiece;
+  const int chunk = piece % a.chunks, block = piece / a.chunks % a.blocks, group = piece / a.chunks / a.blocks;
+  const unsigned k = i % kPiece, slot = i / kPiece % 2, row = i / (2 * kPiece), tap = row / rows, out = row - tap * rows;
+  const int which = slot ^ (row >> 2 & 1), dy = tap % 3, step = tap / 3;
+  const bool one_piece = a.channels_in - chunk * 2 * static_cast<int>(kPiece) <= static_cast<int>(kPiece);
   const ProductHalf half = product_half(one_piece, step, which);
-  const int in = chunk * 2 * kPiece + half.piece * kPiece + k;
-  const auto value = weight_at(a, group, a.first_out + block * a.rows + out, in, dy, half.dx);
+  const int in = (chunk * 2 + half.piece) * kPiece + k;
+  const auto value = weight_at(a, group, block * a.rows + out, in, dy, half.dx);
+  T& target = packed[int64_t{piece} * count + i];
   if constexpr (std::is_same_v<T, float>) {
-    packed[i] = a.tf32 ? __uint_as_float(round_to_tf32(__float_as_uint(value))) : value;
+    target = a.tf32 ? __uint_as_float(round_to_tf32(__float_as_uint(value))) : value;
   } else {
-    packed[i] = from_real<T>(value);
+    target = from_real<T>(value);
   }
 }
 
@@ -66,8 +66,9 @@ struct DirectArguments {
   int64_t items;
 };
 
+// Four blocks an SM: left to itself, ptxas saves registers on sm_90 until it spills.
 template <class T, class Index>
-__global__ void __launch_bounds__(kThreads) convolve_direct(const __grid_constant__ DirectArguments<T, Index> d) {
+__global__ void __launch_bounds__(kThreads, 4) convolve_direct(const __grid_constant__ DirectArguments<T, Index> d) {
   using R = Real<T>;
   const ConvArguments<T, Index>& a = d.conv;
   const int64_t item = thread_item<int64_t>();
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) convolve_direct(const __grid_constan
       const T* source = a.input.data + a.input.at(n, static_cast<Index>(in_y / a.upsample), static_cast<Index>(in_x / a.upsample)) +
                         static_cast<Index>(group) * a.channels_in * a.input.c;
       for (int in = 0; in < a.channels_in; ++in)
-        sum = fma(to_real(__ldg(source + in * a.input.c)), weight_at(d.weights, group, out, in, dy, dx), sum);
+        sum = fma(to_real(read_only(source + in * a.input.c)), weight_at(d.weights, group, out, in, dy, dx), sum);
     }
   }
   store_result(a, n, y, x, group, out, sum);
@@ -114,16 +115,16 @@ __global__ void __launch_bounds__(kThreads) activation_backward(const __grid_con
   const int per_group = a.channels / a.groups, group = channel / per_group;
   const Index shuffled = a.groups > 1 ? (channel - group * per_group) * a.groups + group : channel;
   const bool active = channel < a.channels;
-  const R slope = active && a.prelu != nullptr ? to_real(__ldg(a.prelu + channel * a.prelu_step)) : R(1);
+  const R slope = active && a.prelu != nullptr ? to_real(read_only(a.prelu + channel * a.prelu_step)) : R(1);
   const int64_t slice = (a.pixels + gridDim.y - 1) / gridDim.y;
   const int64_t begin = slice * blockIdx.y, end = min(begin + slice, a.pixels);
   R sum_bias = 0, sum_slope = 0;
   for (int64_t i = begin + (kChannelLanes ? warp : threadIdx.x); active && i < end; i += kChannelLanes ? kThreads / 32 : kThreads) {
     const PixelRun<Index> pixel = pixel_run<1>(static_cast<Index>(i), a.height, a.width);
-    R grad = to_real(__ldg(a.grad.data + a.grad.at(pixel.n, pixel.y, pixel.x) + shuffled * a.grad.c));
+    R grad = to_real(read_only(a.grad.data + a.grad.at(pixel.n, pixel.y, pixel.x) + shuffled * a.grad.c));
     if (a.preactivation.data != nullptr) {
       const R before =
-          to_real(__ldg(a.preactivation.data + a.preactivation.at(pixel.n, pixel.y, pixel.x) + channel * a.preactivation.c));
+          to_real(read_only(a.preactivation.data + a.preactivation.at(pixel.n, pixel.y, pixel.x) + channel * a.preactivation.c));
       if (!(before > 0)) sum_slope += grad * before, grad *= slope;
     }
     sum_bias += grad;
@@ -156,111 +157,20 @@ __global__ void __launch_bounds__(kThreads) sum_slices(const Real<T>* partial, i
   out[i] = from_real<T>(sum);
 }
 
-// Gradient of the weights: a block holds 8 x 8 pairs of output and input channels of one group, and walks over the tiles of one
-// slice of the pixels; a thread sums all nine taps of one pair over a quarter of a tile's rows.
-template <class T, class Index>
-struct WeightGradArguments {
-  View<T, Index> input, grad;  // grad: before PReLU and shuffle
-  Real<T>* partial;            // [slice][weight]
-  int32_t in_height, in_width, out_height, out_width, tiles_x, tiles_y;
-  int64_t tiles;  // of all pictures
-  int32_t channels_in, channels_out, blocks_in, stride, dilation, patch_height, patch_width;
-};
-
-template <class T, class Index>
-__global__ void __launch_bounds__(kThreads, 2) weight_gradient(const __grid_constant__ WeightGradArguments<T, Index> a) {
-  using R = Real<T>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int patch_size = a.patch_height * a.patch_width;
-  const int pitch_patch = patch_size | 1, pitch_grad = kGradRows * kGradColumns + 1;  // odd: channels in different banks
-  R *grads = reinterpret_cast<R*>(shared), *patch = grads + kPairs * pitch_grad;
-  const int group = blockIdx.z, first_out = blockIdx.x / a.blocks_in * kPairs, first_in = blockIdx.x % a.blocks_in * kPairs;
-  const int out = threadIdx.x % kPairs, in = threadIdx.x / kPairs % kPairs, quarter = threadIdx.x / (kPairs * kPairs);
-  R sums[kTaps] = {};
-  for (int64_t t = blockIdx.y; t < a.tiles; t += gridDim.y) {
-    const int tile = static_cast<int>(t % (a.tiles_x * a.tiles_y));
-    const Index n = static_cast<Index>(t / (a.tiles_x * a.tiles_y));
-    const int top = tile / a.tiles_x * kGradRows, left = tile % a.tiles_x * kGradColumns;
-    for (int i = threadIdx.x; i < kPairs * kGradRows * kGradColumns; i += kThreads) {
-      const int c = i / (kGradRows * kGradColumns), pixel = i % (kGradRows * kGradColumns);
-      const int y = top + pixel / kGradColumns, x = left + pixel % kGradColumns, channel = first_out + c;
-      const bool valid = y < a.out_height && x < a.out_width && channel < a.channels_out;
-      grads[c * pitch_grad + pixel] =
-          valid ? to_real(__ldg(a.grad.data + a.grad.at(n, Index(y), Index(x)) +
-                                (static_cast<Index>(group) * a.channels_out + channel) * a.grad.c))
-                : R(0);
-    }
-    const auto input_at = [&](int channel, int64_t y, int64_t x) {
-      const bool valid = y >= 0 && y < a.in_height && x >= 0 && x < a.in_width && channel < a.channels_in;
-      return valid ? to_real(__ldg(a.input.data + a.input.at(n, static_cast<Index>(y), static_cast<Index>(x)) +
-                                   (static_cast<Index>(group) * a.channels_in + channel) * a.input.c))
-                   : R(0);
-    };
-    const int64_t in_top = int64_t{top} * a.stride - a.dilation, in_left = int64_t{left} * a.stride - a.dilation;
-    for (int i = threadIdx.x; i < kPairs * patch_size; i += kThreads) {
-      const int c = i / patch_size, position = i - c * patch_size, row = position / a.patch_width;
-      patch[c * pitch_patch + position] = input_at(first_in + c, in_top + row, in_left + position - row * a.patch_width);
-    }
-    __syncthreads();
-    constexpr int kRows = kGradRows / kQuarters;
-    for (int pixel = 0; pixel < kRows * kGradColumns; ++pixel) {
-      const int y = quarter * kRows + pixel / kGradColumns, x = pixel % kGradColumns;
-      const R grad = grads[out * pitch_grad + y * kGradColumns + x];
-      if (patch_size == 0) {  // it does not fit into shared memory
-        for (int tap = 0; tap < kTaps; ++tap) {
-          const int64_t shift_y = int64_t{tap / 3} * a.dilation, shift_x = int64_t{tap % 3} * a.dilation;
-          sums[tap] = fma(grad, input_at(first_in + in, in_top + y * a.stride + shift_y, in_left + x * a.stride + shift_x), sums[tap]);
-        }
-        continue;
-      }
-      const R* corner = patch + in * pitch_patch + y * a.stride * a.patch_width + x * a.stride;
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap)
-        sums[tap] = fma(grad, corner[(tap / 3 * a.patch_width + tap % 3) * a.dilation], sums[tap]);
-    }
-    __syncthreads();
-  }
-  // The quarters meet in shared memory, one after the other.
-  R* meeting = reinterpret_cast<R*>(shared);
-  const int pair = threadIdx.x % (kPairs * kPairs);
-  for (int turn = 1; turn < kQuarters; ++turn) {
-    if (quarter == turn) {
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) meeting[tap * kPairs * kPairs + pair] = sums[tap];
-    }
-    __syncthreads();
-    if (quarter == 0) {
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) sums[tap] += meeting[tap * kPairs * kPairs + pair];
-    }
-    __syncthreads();
-  }
-  if (quarter != 0 || first_out + out >= a.channels_out || first_in + in >= a.channels_in) return;
-  const int64_t weights = int64_t{gridDim.z} * a.channels_out * a.channels_in * kTaps;
-  const int64_t place = ((int64_t{group} * a.channels_out + first_out + out) * a.channels_in + first_in + in) * kTaps;
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) a.partial[blockIdx.y * weights + place + tap] = sums[tap];
-}
-
 // ---- host ----
 
 struct DeviceLimits {
-  int capability, shared_bytes;
+  int capability, shared_bytes, multiprocessors;
 };
 
 DeviceLimits device_limits() {
-  int device = 0, major = 0, minor = 0, shared = 0;
+  int device = 0, major = 0, minor = 0, shared = 0, multiprocessors = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return {major * 10 + minor, shared};
-}
-
-// float32 is exact unless SAFNET_OPS_TF32=1 lets tensor cores round its factors to 10 bits.
-bool tf32_allowed() {
-  const char* wish = std::getenv("SAFNET_OPS_TF32");
-  return wish != nullptr && wish[0] == '1';
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return {major * 10 + minor, shared, multiprocessors};
 }
 
 // One convolution: forward, or the gradient of the input.
@@ -314,39 +224,69 @@ bool comes_in_pieces(const Tensor& input, int64_t channels_of_group) {
   return true;
 }
 
+// Whether the output is dense in runs of 16 bytes: of channels, or of pixels of a row.
+bool stores_in_pieces(const Tensor& out, int64_t channels_of_group) {
+  const auto run = out.stride(1) == 1 ? channels_of_group : out.size(3);
+  return run * static_cast<int64_t>(out.element_size()) % kPieceBytes == 0;
+}
+
 // The size of block where there is one variant only: for 64-bit offsets and for double, whose sums take two registers each.
 template <class T>
-constexpr int kOnlyM = sizeof(T) == 8 ? 2 : kLargestM;
+constexpr int kOnlyN = sizeof(T) == 8 ? 2 : 5;
 
-template <class T, class Index>
-auto tensor_kernel(int m, bool shares_rows) {
-  if constexpr (sizeof(Index) == 8) return &convolve_tensor<T, Index, kOnlyM<T>, false>;
-  else if (shares_rows) return m == 1 ? &convolve_tensor<T, Index, 1, true> : m == 2 ? &convolve_tensor<T, Index, 2, true> : &convolve_tensor<T, Index, 3, true>;
-  else return m == 1 ? &convolve_tensor<T, Index, 1, false> : m == 2 ? &convolve_tensor<T, Index, 2, false> : &convolve_tensor<T, Index, 3, false>;
+template <class T, class Index, int kN>
+auto tensor_kernel(bool shares_rows) {
+  return shares_rows ? &convolve_tensor<T, Index, kN, true> : &convolve_tensor<T, Index, kN, false>;
 }
 
 template <class T, class Index>
-auto plain_kernel(int m) {
-  if constexpr (sizeof(T) == 4 && sizeof(Index) == 4)
-    return m == 1 ? &convolve_plain<T, Index, 1> : m == 2 ? &convolve_plain<T, Index, 2> : &convolve_plain<T, Index, 3>;
-  else return &convolve_plain<T, Index, kOnlyM<T>>;
+auto tensor_kernel(int n, bool shares_rows) {
+  if constexpr (sizeof(Index) == 8) return &convolve_tensor<T, Index, kOnlyN<T>, false>;
+  else if (n == 1) return tensor_kernel<T, Index, 1>(shares_rows);
+  else if (n == 2) return tensor_kernel<T, Index, 2>(shares_rows);
+  else return n == 4 ? tensor_kernel<T, Index, 4>(shares_rows) : tensor_kernel<T, Index, 5>(shares_rows);
 }
 
-template <class T, class Index, class Kernel>
-void launch_part(const Convolution& c, const ConvPlan& part, Kernel kernel, bool tf32, cudaStream_t stream) {
+template <class T, class Index>
+auto plain_kernel(int n) {
+  if constexpr (sizeof(T) == 4 && sizeof(Index) == 4) {
+    if (n <= 2) return n == 1 ? &convolve_plain<T, Index, 1> : &convolve_plain<T, Index, 2>;
+    return n == 4 ? &convolve_plain<T, Index, 4> : &convolve_plain<T, Index, 5>;
+  } else {
+    return &convolve_plain<T, Index, kOnlyN<T>>;
+  }
+}
+
+template <class T, class Index>
+auto weight_gradient_kernel(int n) {
+  if constexpr (sizeof(Index) == 8) return &weight_gradient_tensor<T, Index, kOnlyN<T>>;
+  else if (n <= 2) return n == 1 ? &weight_gradient_tensor<T, Index, 1> : &weight_gradient_tensor<T, Index, 2>;
+  else return n == 4 ? &weight_gradient_tensor<T, Index, 4> : &weight_gradient_tensor<T, Index, 5>;
+}
+
+template <class T, class Index>
+void launch_tiles(const Convolution& c, const ConvPlan& plan, bool tensor, bool tf32, cudaStream_t stream) {
   PackArguments<T> pack = pack_arguments<T>(c);
-  pack.chunks = static_cast<int32_t>(part.chunks), pack.rows = part.m * 16, pack.first_out = static_cast<int32_t>(part.first_out);
-  pack.blocks_m = static_cast<int32_t>(part.blocks_m), pack.tf32 = tf32;
-  const int64_t bytes = c.geometry.groups * part.blocks_m * part.chunks * conv_weight_bytes(part);
-  const Tensor packed = allocate({bytes}, ScalarType::Byte, c.input);
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(T));
-  launch(c.name, &pack_weights<T>, elementwise_plan(count), stream, pack, static_cast<T*>(packed.data_ptr()), count);
+  const PackPlan packing = pack_plan(plan, c.geometry.groups, sizeof(T));
+  pack.chunks = static_cast<int32_t>(plan.chunks), pack.rows = plan.n * 8, pack.blocks = static_cast<int32_t>(plan.blocks);
+  pack.parts = packing.parts, pack.tf32 = tf32;
+  const Tensor packed = allocate({packing.bytes}, ScalarType::Byte, c.input);
+  launch(c.name, &pack_weights<T>, packing.plan, stream, pack, static_cast<T*>(packed.data_ptr()));
   ConvArguments<T, Index> a = conv_arguments<T, Index>(c);
   a.weights = static_cast<const unsigned char*>(packed.data_ptr());
-  a.first_out = static_cast<int32_t>(part.first_out), a.chunks = static_cast<int32_t>(part.chunks), a.stages = part.stages;
-  a.patch_height = part.patch_height, a.patch_width = part.patch_width;
+  a.blocks = static_cast<int32_t>(plan.blocks), a.chunks = static_cast<int32_t>(plan.chunks), a.stages = plan.stages;
+  a.patch_height = plan.patch_height, a.patch_width = plan.patch_width;
   a.copies_pieces = comes_in_pieces(c.input, c.geometry.channels_in);
-  launch(c.name, kernel, part.plan, stream, a);
+  a.stores_pieces = stores_in_pieces(c.out, c.geometry.channels_out);
+  if constexpr (sizeof(T) == 2) {
+    launch(c.name, tensor_kernel<T, Index>(plan.n, plan.shares_rows), plan.plan, stream, a);
+  } else {
+    auto kernel = plain_kernel<T, Index>(plan.n);
+    if constexpr (std::is_same_v<T, float>) {
+      if (tensor) kernel = tensor_kernel<T, Index>(plan.n, plan.shares_rows);
+    }
+    launch(c.name, kernel, plan.plan, stream, a);
+  }
 }
 
 template <class T, class Index>
@@ -363,34 +303,15 @@ void convolve(const Convolution& c, cudaStream_t stream) {
   const bool wide = needs_64bit_offsets({&c.input, &c.out, c.residual ? &*c.residual : nullptr});
   for_type(c.input, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr bool kHalf = sizeof(T) == 2;
-    const bool tf32 = std::is_same_v<T, float> && tf32_allowed() && limits.capability >= 80;
+    const bool tf32 = std::is_same_v<T, float> && limits.capability >= 80 && torch_allows_tf32();
     const bool tensor = std::is_same_v<T, Half> || (std::is_same_v<T, BFloat16> && limits.capability >= 80) || tf32;
     for_index(wide, [&](auto index) {
       using Index = typename decltype(index)::type;
-      ConvParts plan = conv_plan(c.geometry, sizeof(T), limits.shared_bytes);
-      if (wide || sizeof(T) == 8) {
-        constexpr int kM = kOnlyM<T>;
-        plan.parts[0] = conv_part(c.geometry, kM, divide_up(c.geometry.channels_out, 16 * kM), 0, sizeof(T), limits.shared_bytes);
-        plan.parts[1] = {};
-      }
-      const auto impossible = [](const ConvPlan& part) { return part.m > 0 && part.stages == 0; };
+      const int n = wide || sizeof(T) == 8 ? kOnlyN<T> : channel_blocks(c.geometry.channels_out);
+      const ConvPlan plan = conv_plan(c.geometry, n, tensor, sizeof(T), limits.shared_bytes);
       // Halves without the tensor cores for them (bfloat16 before sm_80) have no kernel of their own.
-      if (impossible(plan.parts[0]) || impossible(plan.parts[1]) || (kHalf && !tensor)) {
-        launch_direct<T, Index>(c, stream);
-        return;
-      }
-      for (const ConvPlan& part : plan.parts) {
-        if (part.m == 0) continue;
-        if constexpr (kHalf) {
-          launch_part<T, Index>(c, part, tensor_kernel<T, Index>(part.m, part.shares_rows), false, stream);
-        } else if constexpr (std::is_same_v<T, float>) {
-          const auto kernel = tf32 ? tensor_kernel<T, Index>(part.m, part.shares_rows) : plain_kernel<T, Index>(part.m);
-          launch_part<T, Index>(c, part, kernel, tf32, stream);
-        } else {
-          launch_part<T, Index>(c, part, plain_kernel<T, Index>(part.m), false, stream);
-        }
-      }
+      if (plan.stages == 0 || (sizeof(T) == 2 && !tensor)) launch_direct<T, Index>(c, stream);
+      else launch_tiles<T, Index>(c, plan, tensor, tf32, stream);
     });
   });
 }
@@ -491,22 +412,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_conv_shuffle_backward(
       using R = Real<T>;
       for_index(wide, [&](auto index) {
         using Index = typename decltype(index)::type;
-        WeightGradPlan plan = weight_grad_plan({input.size(0), input.size(2), input.size(3), grad.size(2), grad.size(3), weight.size(1),
-                                                channels / groups, groups, stride, dilation},
-                                               sizeof(R), device_limits().shared_bytes);
+        const ConvGeometry geometry{input.size(0), input.size(2), input.size(3), grad.size(2), grad.size(3), weight.size(1),
+                                    channels / groups, groups, stride, dilation};
+        const DeviceLimits limits = device_limits();
+        // Ampere's tensor cores, for halves; float32 stays exact here even where TF32 is allowed.
+        const int n = wide ? kOnlyN<T> : channel_blocks(geometry.channels_out);
+        WeightGradPlan plan = weight_grad_tensor_plan(geometry, n, sizeof(T), limits.shared_bytes, limits.multiprocessors);
+        const bool tensor = plan.stages > 0 && limits.capability >= 80;
+        if (!tensor) plan = weight_grad_plan(geometry, sizeof(R), limits.shared_bytes);
         const Tensor partial = allocate({plan.slices * grad_weight.numel()}, real, input);
         WeightGradArguments<T, Index> a{};
         a.input = view<T, Index>(input), a.grad = view<T, Index>(before), a.partial = static_cast<R*>(partial.data_ptr());
         a.in_height = static_cast<int32_t>(input.size(2)), a.in_width = static_cast<int32_t>(input.size(3));
         a.out_height = static_cast<int32_t>(grad.size(2)), a.out_width = static_cast<int32_t>(grad.size(3));
         a.tiles_x = static_cast<int32_t>(divide_up(a.out_width, kGradColumns));
-        a.tiles_y = static_cast<int32_t>(divide_up(a.out_height, kGradRows));
+        a.tiles_y = static_cast<int32_t>(divide_up(a.out_height, plan.rows));
         a.tiles = int64_t{a.tiles_x} * a.tiles_y * input.size(0);
         a.channels_in = static_cast<int32_t>(weight.size(1)), a.channels_out = static_cast<int32_t>(channels / groups);
-        a.blocks_in = static_cast<int32_t>(divide_up(a.channels_in, kPairs));
+        a.blocks_in = static_cast<int32_t>(divide_up(a.channels_in, tensor ? 16 : kPairs));
         a.stride = static_cast<int32_t>(stride), a.dilation = static_cast<int32_t>(dilation);
-        a.patch_height = plan.patch_height, a.patch_width = plan.patch_width;
-        launch("group_conv_shuffle_backward", &weight_gradient<T, Index>, plan.plan, stream, a);
+        a.patch_height = plan.patch_height, a.patch_width = plan.patch_width, a.rows = plan.rows, a.stages = plan.stages;
+        a.copies_input_pieces = comes_in_pieces(input, a.channels_in), a.copies_grad_pieces = comes_in_pieces(before, a.channels_out);
+        auto kernel = &weight_gradient<T, Index>;
+        if constexpr (sizeof(T) == 2) {
+          if (tensor) kernel = weight_gradient_kernel<T, Index>(plan.n);
+        }
+        launch("group_conv_shuffle_backward", kernel, plan.plan, stream, a);
         launch("group_conv_shuffle_backward", &sum_slices<T>, elementwise_plan(grad_weight.numel()), stream,
                static_cast<const R*>(partial.data_ptr()), grad_weight.numel(), static_cast<int32_t>(plan.slices),
                static_cast<T*>(grad_weight.data_ptr()), grad_weight.numel());

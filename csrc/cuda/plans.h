@@ -56,12 +56,12 @@ inline WarpBackwardPlan warp_backward_plan(int64_t pixels, int64_t channels, siz
 // The same for channels_last: kLaneGroup neighbouring lanes share a pixel, and read and add its channels side by side.
 constexpr int kLaneGroup = 8;
 
-// group_conv_shuffle. A block computes 16 rows x 32 columns of the result for 16 kM output channels of a group, and walks over the
+// group_conv_shuffle. A block computes 32 rows x 16 columns of the result for 8 n output channels of a group, and walks over the
 // input channels in chunks of 32 bytes a pixel: the chunk's patch of the input and all its weights lie in shared memory, in
 // `stages` buffers, so that copies of the next chunks overlap the products of this one.
-constexpr int kConvRows = 16, kConvColumns = 32, kConvWarps = 8, kConvWarpRows = 4;
+constexpr int kConvRows = 32, kConvColumns = 16, kConvWarps = 4, kConvWarpRows = 8;
 constexpr int kChunkBytes = 32, kPieceBytes = 16;  // channels of one pixel: of a stage, and of one 16-byte access
-constexpr int kTaps = 9, kLargestM = 3;
+constexpr int kTaps = 9;
 
 struct ConvGeometry {
   int64_t batch, in_height, in_width, out_height, out_width;  // in: after upsampling
@@ -71,56 +71,68 @@ struct ConvGeometry {
 
 struct ConvPlan {
   Plan plan;
-  int m = 0;              // 16-channel blocks of a thread block; 0: nothing to do
-  int64_t blocks_m = 0;   // thread blocks over the output channels of a group
-  int64_t first_out = 0;  // the first output channel of these blocks in its group
+  int n = 0;           // 8-channel blocks of a thread block
+  int64_t blocks = 0;  // thread blocks over the output channels of a group
   int64_t chunks = 0;
   int stages = 0;  // 0: a stage does not fit into shared memory; the direct kernel has to do it
   int patch_height = 0, patch_width = 0;
   bool shares_rows = false;  // rows of a warp lie `dilation` apart, so that three taps read each row of the patch
 };
 
-// Bytes of one stage: patch and weights.
-inline int64_t conv_patch_bytes(const ConvPlan& p) { return int64_t{p.patch_height} * p.patch_width * kChunkBytes; }
-inline int64_t conv_weight_bytes(const ConvPlan& p) { return int64_t{kTaps} * p.m * 16 * kChunkBytes; }
+// Sizes of a patch for a tile of the result; columns are dealt by their remainder modulo the stride.
+inline int64_t patch_height(const ConvGeometry& g, int64_t rows) { return (rows - 1) * g.stride + 2 * g.dilation + 1; }
+inline int64_t patch_width(const ConvGeometry& g, int64_t columns) {
+  return divide_up((columns - 1) * g.stride + 2 * g.dilation + 1, g.stride) * g.stride;
+}
 
-inline ConvPlan conv_part(const ConvGeometry& g, int m, int64_t blocks_m, int64_t first_out, size_t element_bytes,
-                          int64_t shared_limit) {
+inline int64_t conv_weight_bytes(int n) { return int64_t{kTaps} * n * 8 * kChunkBytes; }
+
+// How many 8-channel blocks a thread block takes: of the sizes there are, the one that wastes least. 40 = 5 blocks, 80 = 2 x 5.
+inline int channel_blocks(int64_t channels_out) {
+  constexpr int kLargest = 5;
+  const int64_t blocks = divide_up(channels_out, 8 * kLargest), each = divide_up(divide_up(channels_out, 8), blocks);
+  return each <= 2 ? static_cast<int>(each) : each <= 4 ? 4 : kLargest;
+}
+
+// `staged`: results pass through shared memory on their way out.
+inline ConvPlan conv_plan(const ConvGeometry& g, int n, bool staged, size_t element_bytes, int64_t shared_limit) {
   ConvPlan p;
-  p.m = m, p.blocks_m = blocks_m, p.first_out = first_out;
-  const int64_t chunk_channels = kChunkBytes / static_cast<int64_t>(element_bytes);
-  p.chunks = divide_up(g.channels_in, chunk_channels);
-  const int64_t height = (kConvRows - 1) * g.stride + 2 * g.dilation + 1, width = (kConvColumns - 1) * g.stride + 2 * g.dilation + 1;
+  p.n = n;
+  p.blocks = divide_up(g.channels_out, 8 * n);
+  p.chunks = divide_up(g.channels_in, kChunkBytes / static_cast<int64_t>(element_bytes));
   p.shares_rows = g.stride == 1 && (g.dilation == 1 || g.dilation == 2 || g.dilation == 4);
+  const int64_t height = patch_height(g, kConvRows), width = patch_width(g, kConvColumns);
   const int64_t tiles = divide_up(g.out_height, kConvRows) * divide_up(g.out_width, kConvColumns) * g.batch;
-  if (height * width * kChunkBytes > shared_limit || tiles > 0x7fffffff || g.groups > 65535 || blocks_m > 65535) return p;
+  const int64_t stage = height * width * kChunkBytes + conv_weight_bytes(n);
+  if (height > shared_limit || stage > shared_limit || tiles * p.blocks > 0x7fffffff || g.groups > 65535) return p;
   p.patch_height = static_cast<int>(height), p.patch_width = static_cast<int>(width);
-  const int64_t stage = conv_patch_bytes(p) + conv_weight_bytes(p);
-  p.stages = static_cast<int>(std::min<int64_t>({3, shared_limit / stage, p.chunks}));
-  // The results pass through shared memory on their way out.
-  const int64_t epilogue = int64_t{kConvWarps} * 16 * 72 * 4;
-  p.plan.grid[0] = static_cast<uint32_t>(tiles);
-  p.plan.grid[1] = static_cast<uint32_t>(blocks_m);
-  p.plan.grid[2] = static_cast<uint32_t>(g.groups);
+  // Two blocks on an SM hide each other's latency, if each still overlaps copies and products.
+  const int64_t limit = shared_limit / 2 >= 2 * stage ? shared_limit / 2 : shared_limit;
+  p.stages = static_cast<int>(std::min<int64_t>({3, limit / stage, p.chunks}));
+  const int64_t warp_pixels = int64_t{kConvWarpRows} * 16, pieces = kPieceBytes / static_cast<int64_t>(element_bytes);
+  const int64_t results = kConvWarps * 8 * n * (warp_pixels + pieces) * static_cast<int64_t>(element_bytes);
+  p.plan.grid[0] = static_cast<uint32_t>(tiles * p.blocks);
+  p.plan.grid[1] = static_cast<uint32_t>(g.groups);
   p.plan.block[0] = kConvWarps * 32;
-  p.plan.shared_bytes = static_cast<uint32_t>(std::max(p.stages * stage, epilogue));
+  p.plan.shared_bytes = static_cast<uint32_t>(std::max(p.stages * stage, staged ? results : 0));
   return p;
 }
 
-// The output channels of a group in blocks of 48, and what remains in one block as small as possible: 80 = 48 + 32.
-struct ConvParts {
-  ConvPlan parts[2];
+// Weights of a launch: blocks of `parts` cover one chunk of one thread block's weights.
+struct PackPlan {
+  Plan plan;
+  int64_t bytes;
+  int parts;
 };
 
-inline ConvParts conv_plan(const ConvGeometry& g, size_t element_bytes, int64_t shared_limit) {
-  const int64_t full = g.channels_out / (16 * kLargestM), rest = g.channels_out % (16 * kLargestM);
-  const int rest_m = static_cast<int>(divide_up(rest, 16));
-  ConvParts result;
-  if (full + (rest_m == kLargestM ? 1 : 0) > 0)
-    result.parts[0] = conv_part(g, kLargestM, full + (rest_m == kLargestM ? 1 : 0), 0, element_bytes, shared_limit);
-  if (rest_m > 0 && rest_m < kLargestM)
-    result.parts[1] = conv_part(g, rest_m, 1, full * 16 * kLargestM, element_bytes, shared_limit);
-  return result;
+inline PackPlan pack_plan(const ConvPlan& conv, int64_t groups, size_t element_bytes) {
+  PackPlan p;
+  const int64_t pieces = groups * conv.blocks * conv.chunks;
+  p.bytes = pieces * conv_weight_bytes(conv.n);
+  p.parts = static_cast<int>(divide_up(conv_weight_bytes(conv.n) / static_cast<int64_t>(element_bytes), kThreads));
+  p.plan.grid[0] = static_cast<uint32_t>(pieces * p.parts);
+  p.plan.block[0] = kThreads;
+  return p;
 }
 
 // Backward of shuffle and PReLU: blockIdx.x is a channel, or 32 of them where channels lie together; blockIdx.y a slice of pixels.
@@ -135,14 +147,42 @@ inline Plan activation_plan(int64_t pixels, int64_t channels, bool channels_toge
   return plan;
 }
 
-// Gradient of the weights: blockIdx.x is a block of kPairs x kPairs output and input channels, blockIdx.y a slice of the tiles.
-constexpr int kPairs = 8, kGradRows = 8, kGradColumns = 32, kQuarters = 4;
+// Gradient of the weights: blockIdx.x is a block of output and input channels, blockIdx.y a slice of the tiles. In plain arithmetic
+// kPairs x kPairs channels and tiles of kGradRows rows; on tensor cores 8 n x 16 channels.
+constexpr int kPairs = 8, kGradRows = 8, kGradColumns = 32, kQuarters = 4, kGradWarps = 8;
 
 struct WeightGradPlan {
   Plan plan;
   int64_t slices;
   int patch_height = 0, patch_width = 0;  // 0: the patch does not fit into shared memory
+  int n = 0, rows = kGradRows, stages = 0;  // on tensor cores; no stages: impossible
 };
+
+inline WeightGradPlan weight_grad_tensor_plan(const ConvGeometry& g, int n, size_t element_bytes, int64_t shared_limit,
+                                              int64_t multiprocessors) {
+  constexpr int64_t kIn = 16;
+  WeightGradPlan p;
+  p.n = n;
+  const int64_t blocks = divide_up(g.channels_out, 8 * n) * divide_up(g.channels_in, kIn);
+  const int64_t width = patch_width(g, kGradColumns), chunks = divide_up(n, 2);
+  const auto stage = [&](int64_t rows) { return (patch_height(g, rows) * width + chunks * rows * kGradColumns) * kChunkBytes; };
+  // 16 rows amortise the halo better; 8, where only so two stages fit.
+  p.rows = 2 * stage(16) <= shared_limit ? 16 : 8;
+  const int64_t meeting = int64_t{kGradWarps / 2} * kTaps * n * 4 * 32 * 4;
+  const int64_t tiles = divide_up(g.out_height, p.rows) * divide_up(g.out_width, kGradColumns) * g.batch;
+  if (element_bytes != 2 || width > shared_limit || stage(p.rows) > shared_limit || meeting > shared_limit) return p;
+  if (tiles > 0x7fffffff - 65535 || blocks > 0x7fffffff || g.groups > 65535) return p;
+  p.stages = static_cast<int>(std::min<int64_t>(3, shared_limit / stage(p.rows)));
+  // One block fits on an SM: two waves of them.
+  p.slices = std::clamp<int64_t>(std::min(2 * multiprocessors / (blocks * g.groups), tiles), 1, 65535);
+  p.patch_height = static_cast<int>(patch_height(g, p.rows)), p.patch_width = static_cast<int>(width);
+  p.plan.grid[0] = static_cast<uint32_t>(blocks);
+  p.plan.grid[1] = static_cast<uint32_t>(p.slices);
+  p.plan.grid[2] = static_cast<uint32_t>(g.groups);
+  p.plan.block[0] = kGradWarps * 32;
+  p.plan.shared_bytes = static_cast<uint32_t>(std::max(p.stages * stage(p.rows), meeting));
+  return p;
+}
 
 inline WeightGradPlan weight_grad_plan(const ConvGeometry& g, size_t bytes_of_real, int64_t shared_limit) {
   WeightGradPlan p;

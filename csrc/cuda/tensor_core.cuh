@@ -42,6 +42,11 @@ __device__ __forceinline__ void load_matrices(unsigned (&out)[4], unsigned addre
                : "memory");
 }
 
+// Two of them: addresses come from lanes 0-15.
+__device__ __forceinline__ void load_two_matrices(unsigned (&out)[2], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(address) : "memory");
+}
+
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&out)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

@@ -77,7 +77,7 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
   switch (attribute) {
     case kCapabilityMajor: *value = compute_capability / 10; return 0;
     case kCapabilityMinor: *value = compute_capability % 10; return 0;
-    case kMultiProcessorCount: *value = 132; return 0;
+    case kMultiProcessorCount: *value = compute_capability < 90 ? 1 : 132; return 0;  // 1: blocks have more than one tile each
     case kSharedMemoryPerBlockOptin: *value = largest_shared(); return 0;
     default: return kInvalidValue;
   }

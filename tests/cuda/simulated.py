@@ -13,6 +13,8 @@ import hashlib
 import os
 import re
 import subprocess
+import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -46,6 +48,7 @@ FLAGS = (
     "-Xcompiler=-fPIC",
     "-DUSE_CUDA",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    f"-I{sysconfig.get_path('include')}",
 )
 
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -68,7 +71,7 @@ class Device:
         self.kernels: dict[str, Kernel] = {}
         self.buffers: list[Any] = []
         self.fault: Exception | None = None
-        self.launched: set[str] = set()
+        self.launches: Counter[str] = Counter()
         self._names: dict[str, Path] = {}
         for ptx in folder.glob("*.ptx"):
             for line in ptx.read_text().splitlines():
@@ -80,7 +83,7 @@ class Device:
 
     def saw(self, part: str) -> bool:
         """Whether a kernel with this in its (mangled) name has run so far."""
-        return any(part in name for name in self.launched)
+        return any(part in name for name in self.launches)
 
     @contextmanager
     def capability(self, capability: int) -> Iterator[None]:
@@ -104,7 +107,7 @@ class Device:
             kernel = self._kernel(name.decode())
             values = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(kernel.program.params)]
             kernel[tuple(grid.contents), tuple(block.contents), shared](*values, buffers=self.buffers)
-            self.launched.add(name.decode())
+            self.launches[name.decode()] += 1
             return 0
         except Exception as error:
             self.fault = self.fault or error
@@ -126,6 +129,12 @@ class Device:
             raise
         finally:
             self.buffers = []
+
+
+def kernel_name(mangled: str) -> str:
+    """The name in the source, without template arguments."""
+    length, rest = re.match(r"_ZN6safnet4cuda(\d+)(.*)", mangled).groups()  # type: ignore[union-attr]
+    return rest[: int(length)]
 
 
 def extent(tensor: torch.Tensor) -> np.ndarray:
@@ -159,12 +168,11 @@ def build() -> Path:
     root.mkdir(parents=True, exist_ok=True)
     sources = sorted(CSRC.glob("cuda/*.cu"))
     keys = {
-        source: f"{source.stem}-{_digest(_with_includes(source), nvcc, torch.__version__, *FLAGS)}"
-        for source in sources
+        source: f"{source.stem}-{digest(_with_includes(source), nvcc, torch.__version__, *FLAGS)}" for source in sources
     }
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
         list(pool.map(lambda source: _compile(nvcc, source, root / keys[source]), sources))
-    folder = root / f"linked-{_digest([RUNTIME], *keys.values())}"
+    folder = root / f"linked-{digest([RUNTIME], *keys.values())}"
     if not folder.exists():
         partial = root / f"{folder.name}.{os.getpid()}"
         partial.mkdir()
@@ -206,7 +214,7 @@ def compile_for_turing(stem: str) -> Path:
     nvcc = ptxsim.find_nvcc()
     assert nvcc is not None
     source = CSRC / "cuda" / f"{stem}.cu"
-    target = ROOT / "build" / "simulated" / f"{stem}-{_digest(_with_includes(source), 'compute_75')}.ptx"
+    target = ROOT / "build" / "simulated" / f"{stem}-{digest(_with_includes(source), 'compute_75')}.ptx"
     if not target.exists():
         include = Path(torch.__file__).parent / "include"
         partial = target.with_suffix(f".{os.getpid()}")
@@ -228,7 +236,7 @@ def _with_includes(source: Path) -> list[Path]:
     return sorted(found)
 
 
-def _digest(files: list[Path], *words: str) -> str:
+def digest(files: list[Path], *words: str) -> str:
     found = hashlib.sha256("\0".join(words).encode())
     for file in files:
         found.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -245,6 +253,7 @@ class RealDevice:
     """A GPU in the place of the simulated one: the same calls on the same tensors, copied there with their strides."""
 
     def __init__(self, backend: str) -> None:
+        self.launches: Counter[str] = Counter()  # not known here
         self.operators = torch.ops.safnet_ops if backend == "cuda" else torch.ops.safnet_ops_triton
 
     def call(self, operator: str, *arguments: Any) -> Any:

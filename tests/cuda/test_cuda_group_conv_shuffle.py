@@ -18,6 +18,8 @@ CASES = {  # channels in, channels out, groups, stride, dilation, height, width
     "stride 3, dilation 2": (9, 6, 3, 3, 2, 10, 7),
     "one pixel": (4, 4, 2, 1, 1, 1, 1),
     "depthwise": (6, 6, 6, 1, 1, 5, 5),
+    "five chunks": (80, 8, 1, 1, 1, 3, 5),
+    "tall": (4, 8, 1, 1, 4, 35, 3),
 }
 
 
@@ -68,8 +70,8 @@ def test_geometries(cuda, dtype, layout, case):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", ["decoder", "stride 2", "refine"])
-def test_tf32_rounds_the_factors_only(cuda, monkeypatch, case, layout):
-    monkeypatch.setenv("SAFNET_OPS_TF32", "1")
+def test_tf32_where_torch_allows_it(cuda, float32_products, case, layout):
+    float32_products("tf32")
     values, geometry = inputs(case, torch.float32, layout)
     # Without PReLU: rounding may change the sign of a preactivation near zero, and gradients by the whole step of the slope.
     compare(values[:3], geometry, slack=50)  # 10 bits of mantissa
