@@ -389,7 +389,9 @@ Where the two differ: a Triton tile has one width of access and no shared memory
 kernels gather four bytes a lane, where CUDA threads own four pixels and share their address arithmetic (more
 instructions a pixel, the same bytes); the census loss reads grey planes through L1 that the CUDA kernel keeps in shared
 memory, and writes them first (more bytes and more launches); the convolution loads each tap's pixels anew, and its tiles
-are powers of two (48 rows for 40 channels), where the CUDA kernel loads a tile with its halo once.
+are powers of two (48 rows for 40 channels), where the CUDA kernel loads a tile with its halo once. The scattering backward
+kernels are the ones with fewer instructions here: each lane adds its own shares to memory, where CUDA lanes first
+hand theirs to neighbours (more instructions, fewer atomics).
 
 ### Registers, Triton
 
