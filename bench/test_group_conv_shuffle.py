@@ -24,9 +24,15 @@ def conv_case(
     height, width = size
 
     def inputs():
-        input = torch.randn(1, channels_in, height, width, dtype=dtype).contiguous(memory_format=layout)
-        weight = torch.randn(channels_out, channels_in // groups, 3, 3) * (9 * channels_in / groups) ** -0.5
-        return [input, *(value.to(dtype) for value in (weight, torch.randn(channels_out), torch.rand(channels_out)))]
+        # Multiples of powers of two, whose sums are exact and, with the bias, never zero: a sum that rounding carried across
+        # the PReLU's kink would change all the weights' gradients of its channel.
+        def steps(*size):
+            return torch.randint(-8, 9, size)
+
+        input = (steps(1, channels_in, height, width) / 8).to(dtype).contiguous(memory_format=layout)
+        weight = steps(channels_out, channels_in // groups, 3, 3) / 128
+        bias = (2 * steps(channels_out) + 1) / 2048
+        return [input, *(value.to(dtype) for value in (weight, bias, torch.rand(channels_out)))]
 
     parts = [
         f"{channels_in}->{channels_out} {height}x{width}",
