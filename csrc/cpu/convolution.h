@@ -155,6 +155,13 @@ struct TileLayout {
   int32_t offset[kMostTileRows][kMostTaps];  // of a tap, for every row of the tile
 };
 
+// Distance of channels of `count` numbers: an odd number of cache lines spreads them over the cache's sets.
+template <class R>
+SAFNET_INLINE int64_t spread_channels(int64_t count) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(R));
+  return (round_up(count, line) / line | 1) * line;
+}
+
 template <class R>
 TileLayout lay_out(const TapGrid& grid) {
   TileLayout tile;
@@ -183,9 +190,7 @@ TileLayout lay_out(const TapGrid& grid) {
       tile.offset[j][t] =
           static_cast<int32_t>((slot * tile.phases + phase_of_tap[t]) * tile.row_pitch + shift[t] - smallest);
     }
-  // An odd number of cache lines a channel spreads the channels over the cache's sets.
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(R));
-  tile.channel_pitch = (round_up(tile.slots * tile.phases * tile.row_pitch, line) / line | 1) * line;
+  tile.channel_pitch = spread_channels<R>(tile.slots * tile.phases * tile.row_pitch);
   return tile;
 }
 
@@ -240,33 +245,54 @@ struct Sums {
   int64_t channel, row;  // distances
 };
 
-// All output channels of one group for one tile, from its packed input and weights.
+// The convolution as a method of group_conv_shuffle.cpp: all output channels of one group for one tile.
 template <class R>
-void convolve_tile(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* packed,
-                   int64_t channels_in, int64_t channels_out, const R* weights, const R* bias, Sums<R> sums) {
-  const int64_t part = channels_at_once(channels_in);
-  const int64_t vectors = (place.columns + kLanes<R> - 1) / kLanes<R>;
-  Strip<R> s;
-  s.in_channel = tile.channel_pitch;
-  s.taps = grid.taps;
-  s.out_channel = sums.channel;
-  for (int64_t j = 0; j < place.rows; ++j) {
-    s.offset = tile.offset[j];
-    for (int64_t v = 0; v < vectors; v += strip_vectors(vectors - v)) {
-      for (int64_t c = 0; c < channels_in; c += part) {
-        s.in = packed + c * tile.channel_pitch + v * kLanes<R>;
-        s.channels = smaller(part, channels_in - c);
-        for (int64_t o = 0; o < channels_out; o += block_channels(channels_out - o)) {
-          const int64_t block = block_channels(channels_out - o);
-          s.weights = weights + (o * channels_in + c * block) * grid.taps;
-          s.start = c == 0 ? bias + o : nullptr;
-          s.out = sums.data + o * sums.channel + j * sums.row + v * kLanes<R>;
-          multiply_add(s, block, strip_vectors(vectors - v));
+class ByDefinition {
+ public:
+  ByDefinition(const TapGrid& grid, int64_t channels_in, int64_t channels_out)
+      : grid_(grid),
+        tile_(lay_out<R>(grid)),
+        channels_in_(channels_in),
+        channels_out_(channels_out),
+        packed_(channels_in * tile_.channel_pitch) {}
+
+  int64_t rows() const { return grid_.tile_rows; }
+  int64_t columns() const { return round_up(grid_.tile_columns, kLanes<R>); }
+
+  // `weights`: [block of output channels][input channel][tap][in block].
+  void convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
+                Sums<R> sums) const {
+    pack_tile(input, grid_, tile_, place, first, channels_in_, packed_.data());
+    const int64_t part = channels_at_once(channels_in_);
+    const int64_t vectors = round_up(place.columns, kLanes<R>) / kLanes<R>;
+    Strip<R> s;
+    s.in_channel = tile_.channel_pitch;
+    s.taps = grid_.taps;
+    s.out_channel = sums.channel;
+    for (int64_t j = 0; j < place.rows; ++j) {
+      s.offset = tile_.offset[j];
+      for (int64_t v = 0; v < vectors; v += strip_vectors(vectors - v)) {
+        for (int64_t c = 0; c < channels_in_; c += part) {
+          s.in = packed_.data() + c * tile_.channel_pitch + v * kLanes<R>;
+          s.channels = smaller(part, channels_in_ - c);
+          for (int64_t o = 0; o < channels_out_; o += block_channels(channels_out_ - o)) {
+            const int64_t block = block_channels(channels_out_ - o);
+            s.weights = weights + (o * channels_in_ + c * block) * grid_.taps;
+            s.start = c == 0 ? bias + o : nullptr;
+            s.out = sums.data + o * sums.channel + j * sums.row + v * kLanes<R>;
+            multiply_add(s, block, strip_vectors(vectors - v));
+          }
         }
       }
     }
   }
-}
+
+ private:
+  TapGrid grid_;
+  TileLayout tile_;
+  int64_t channels_in_, channels_out_;
+  Scratch<R> packed_;
+};
 
 }  // namespace
 }  // namespace safnet::SAFNET_ISA

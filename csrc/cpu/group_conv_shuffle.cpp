@@ -7,6 +7,7 @@
 
 #include "cpu/convolution.h"
 #include "cpu/kernel.h"
+#include "cpu/winograd.h"
 
 namespace safnet {
 
@@ -21,6 +22,7 @@ struct ConvolutionArguments {
   int64_t channels_in, channels_out;
   bool transposed;                   // exchange the weight's two channel dimensions
   bool shuffled;                     // write output channels in shuffled order
+  bool winograd;                     // instead of by definition
   int64_t out_stride, out_y, out_x;  // grid position (y, x) is written to out_stride * (y, x) + (out_y, out_x)
 };
 
@@ -52,12 +54,44 @@ SAFNET_DECLARE(conv_reduce_weight_gradient, const WeightGradientArguments&, int6
 namespace safnet::SAFNET_ISA {
 namespace {
 
+// Element of the 3x3 weights between output channel o and input channel c of a group.
+template <class R>
+SAFNET_INLINE R weight_at(const ConvolutionArguments& a, int64_t group, int64_t o, int64_t c, int64_t at) {
+  const View& w = a.weight;
+  const int64_t first = a.transposed ? group * a.channels_in + c : group * a.channels_out + o;
+  const int64_t second = a.transposed ? o : c;
+  return element<R>(w.data, first * w.stride[0] + second * w.stride[1] + at / 3 * w.stride[2] + at % 3 * w.stride[3],
+                    w.type);
+}
+
+// [group][place][block of output channels][input channel][in block], for input channels [begin, end) of every group.
+template <class R>
+void pack_winograd_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  for (int64_t g = 0; g < a.groups; ++g)
+    for (int64_t o = 0, block; o < a.channels_out; o += block) {
+      block = block_channels(a.channels_out - o);
+      for (int64_t c = begin; c < end; ++c)
+        for (int64_t m = 0; m < block; ++m) {
+          double weights[3][3], places[kPlaces];
+          for (int64_t t = 0; t < a.grid.taps; ++t) {
+            const Tap& tap = a.grid.tap[t];
+            weights[tap.dy / a.grid.row_step + 1][tap.dx / a.grid.row_step + 1] =
+                static_cast<double>(weight_at<R>(a, g, o + m, c, tap.weight));
+          }
+          transform_weights(weights, places);
+          R* to = static_cast<R*>(a.packed) + (g * kPlaces * a.channels_out + o) * a.channels_in + c * block + m;
+          for (int place = 0; place < kPlaces; ++place)
+            to[place * a.channels_out * a.channels_in] = static_cast<R>(places[place]);
+        }
+    }
+}
+
 // Packs the weights of input channels [begin, end) of every group: [group][block of output channels][channel][tap][in
 // block].
 template <class R>
 void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  if (a.winograd) return pack_winograd_weights<R>(a, begin, end);
   R* packed = static_cast<R*>(a.packed);
-  const View& w = a.weight;
   const int64_t taps = a.grid.taps;
   for (int64_t g = 0; g < a.groups; ++g)
     for (int64_t o = 0, block; o < a.channels_out; o += block) {
@@ -65,14 +99,8 @@ void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         R* to = packed + ((g * a.channels_out + o) * a.channels_in + c * block) * taps;
         for (int64_t t = 0; t < taps; ++t)
-          for (int64_t m = 0; m < block; ++m) {
-            const int64_t first = a.transposed ? g * a.channels_in + c : g * a.channels_out + o + m;
-            const int64_t second = a.transposed ? o + m : c;
-            const int64_t at = a.grid.tap[t].weight;
-            const int64_t index =
-                first * w.stride[0] + second * w.stride[1] + at / 3 * w.stride[2] + at % 3 * w.stride[3];
-            to[t * block + m] = element<R>(w.data, index, w.type);
-          }
+          for (int64_t m = 0; m < block; ++m)
+            to[t * block + m] = weight_at<R>(a, g, o + m, c, a.grid.tap[t].weight);
       }
     }
 }
@@ -123,35 +151,39 @@ void finish_tile(const ConvolutionArguments& a, const Place& place, const Worksp
   }
 }
 
-template <class R>
-void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  const TapGrid& grid = a.grid;
-  const TileLayout tile = lay_out<R>(grid);
+template <class R, class Method>
+void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t begin, int64_t end) {
+  const Method method(a.grid, a.channels_in, a.channels_out);
   const int64_t all_channels = a.groups * a.channels_out;
   // Channels inside: the groups of a pixel are written together, or every line of memory would be written once a group.
   const bool together = channels_inside(a.out);
   const int64_t held = together ? all_channels : a.channels_out;
-  const int64_t pitch = round_up(grid.tile_columns, kLanes<R>);
-  const Scratch<R> packed(a.channels_in * tile.channel_pitch), sums(held * grid.tile_rows * pitch), extra(held * pitch);
-  const Scratch<R> bias(all_channels);
+  const int64_t pitch = method.columns();
+  const Scratch<R> sums(held * method.rows() * pitch), extra(held * pitch), bias(all_channels);
   const Scratch<const R*> rows(2 * held);
   for (int64_t c = 0; c < all_channels; ++c)
     bias.data()[c] = a.bias == nullptr ? R(0) : element<R>(a.bias, c * a.bias_stride, a.out.type);
-  Workspace<R> work{{sums.data(), grid.tile_rows * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
+  Workspace<R> work{{sums.data(), method.rows() * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
   for (int64_t index = begin; index < end; ++index) {
-    const Place place = place_of(grid, index);
+    const Place place = place_of(a.grid, index);
     if (place.rows <= 0) continue;
     for (int64_t g = 0; g < a.groups; ++g) {
-      pack_tile(a.input, grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
-      const R* weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * grid.taps;
+      const R* weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * weights_a_pair;
       Sums<R> part = work.sums;
       if (together) part.data += g * a.channels_out * part.channel;
-      convolve_tile(grid, tile, place, packed.data(), a.channels_in, a.channels_out, weights,
-                    bias.data() + g * a.channels_out, part);
+      method.convolve(a.input, place, g * a.channels_in, weights, bias.data() + g * a.channels_out, part);
       if (!together) finish_tile(a, place, work, g * a.channels_out, a.channels_out);
     }
     if (together) finish_tile(a, place, work, 0, all_channels);
   }
+}
+
+template <class R>
+void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  if (a.winograd)
+    convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
+  else
+    convolve_by<R, ByDefinition<R>>(a, a.grid.taps, begin, end);
 }
 
 // Sum of a run of numbers: vectors first, so that the order is fixed.
@@ -357,13 +389,26 @@ int64_t tile_count(const TapGrid& grid, int64_t pictures) {
 // Of a tile's packed input and sums: they stay in the second-level cache. A correlation reads its tile slowly enough
 // for the third level, and adds up its lanes once a tile: larger tiles are faster.
 constexpr int64_t kConvolvedBytes = 288 << 10, kCorrelatedBytes = 768 << 10;
+// Of a tile's transformed input and products.
+constexpr int64_t kWinogradBytes = 288 << 10;
+
+// Limits a tile's rows, which its memory suggests, to a multiple of `unit` that occupies several threads and divides the
+// picture evenly.
+void cut_rows(TapGrid& grid, int64_t pictures, int64_t unit) {
+  constexpr int64_t kEnoughTiles = 16;
+  const int64_t units = divide_up(divide_up(grid.height, grid.row_step), unit);
+  int64_t most = std::clamp<int64_t>(grid.tile_rows / unit, 1, std::min<int64_t>(kMostTileRows / unit, units));
+  while (most * unit > 2 && pictures * grid.row_step * grid.column_tiles * divide_up(units, most) < kEnoughTiles)
+    most = divide_up(most, 2);
+  grid.row_tiles = divide_up(units, most);
+  grid.tile_rows = divide_up(units, grid.row_tiles) * unit;
+}
 
 // Cuts the grid into tiles whose packed input and sums fit `bytes` of cache, from the shapes alone.
 // `channels_in` and `channels_held` are the channels of a tile's input and of its sums.
 void cut_into_tiles(TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_held, Type type,
                     int64_t bytes) {
   const int64_t numbers = bytes / (type == Type::kFloat64 ? 8 : 4);
-  const int64_t rows = divide_up(grid.height, grid.row_step);
   for (const int64_t widest : {96, 48}) {  // multiples of the strip widths of all instruction sets
     grid.column_tiles = divide_up(grid.width, widest);
     grid.tile_columns = divide_up(divide_up(grid.width, grid.column_tiles), 24) * 24;
@@ -372,13 +417,17 @@ void cut_into_tiles(TapGrid& grid, int64_t pictures, int64_t channels_in, int64_
         (numbers / grid.tile_columns - halo) / (channels_in * grid.in_stride * grid.in_stride + channels_held);
     if (grid.tile_rows >= 4) break;
   }
-  grid.tile_rows = std::clamp<int64_t>(grid.tile_rows, 1, std::min<int64_t>(kMostTileRows, rows));
-  constexpr int64_t kEnoughTiles = 16;  // to occupy several threads
-  while (grid.tile_rows > 2 &&
-         pictures * grid.row_step * grid.column_tiles * divide_up(rows, grid.tile_rows) < kEnoughTiles)
-    grid.tile_rows = divide_up(grid.tile_rows, 2);
-  grid.row_tiles = divide_up(rows, grid.tile_rows);
-  grid.tile_rows = divide_up(rows, grid.row_tiles);
+  cut_rows(grid, pictures, 1);
+}
+
+// The same for Winograd's method, in whole 2x2 outputs. `channels`: of input and output together.
+void cut_into_winograd_tiles(TapGrid& grid, int64_t pictures, int64_t channels, Type type) {
+  constexpr int64_t kWidest = 48;
+  const int64_t positions = kWinogradBytes / (type == Type::kFloat64 ? 8 : 4) / (kPlaces * channels);
+  grid.column_tiles = divide_up(grid.width, kWidest * grid.row_step);
+  grid.tile_columns = divide_up(divide_up(grid.width, grid.column_tiles), 2 * grid.row_step) * 2 * grid.row_step;
+  grid.tile_rows = 2 * positions / (grid.tile_columns / 2);
+  cut_rows(grid, pictures, 2);
 }
 
 // Adds a tap unless it reads outside the picture wherever the output lies.
@@ -400,12 +449,26 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
   return grid;
 }
 
+// Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights where
+// the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole vectors.
+bool winograd_serves(const ConvolutionArguments& a) {
+  const int64_t step = a.grid.row_step;
+  return a.grid.in_stride == 1 && a.out_stride == 1 && a.grid.taps == kMostTaps &&
+         (step == 1 || step == 2 || step == 4) &&
+         a.channels_in * a.channels_out >= 4 * (a.channels_in + a.channels_out) &&
+         a.input.size[0] * a.grid.height * a.grid.width >= 64 * step * step;
+}
+
 // Runs a convolution whose arguments are complete but for the tiles and the packed weights.
 void run(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
-  cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
-                 a.input.type, kConvolvedBytes);
-  const int64_t weights = a.groups * a.channels_out * a.channels_in * a.grid.taps;
+  a.winograd = winograd_serves(a);
+  if (a.winograd)
+    cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
+  else
+    cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
+                   a.input.type, kConvolvedBytes);
+  const int64_t weights = a.groups * a.channels_out * a.channels_in * (a.winograd ? kPlaces : a.grid.taps);
   const Tensor packed = empty({weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   a.packed = packed.data_ptr();
   const auto split = [&](auto* kernel, int64_t count, int64_t grain) {

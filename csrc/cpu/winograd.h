@@ -1,0 +1,272 @@
+// The convolution of one tile by Winograd's minimal filtering F(2x2, 3x3): 16 multiplications for 2x2 outputs where the
+// definition takes 36. Included by kernels only: see kernel.h.
+//
+// Y = A'[(G g G') . (B' d B)]A for 4x4 inputs d, 3x3 weights g and 2x2 outputs Y (Lavin and Gray, "Fast Algorithms for
+// Convolutional Neural Networks", 2016, section 4.1). The products, summed over the channels, are one matrix product for
+// each of the 16 places, on the register-blocked loop of convolution.h. An input enters the outputs that read it by
+// definition and no others, so that NaN stays where it belongs. With dilation, outputs `dilation` apart form the 2x2.
+#pragma once
+
+#include "cpu/convolution.h"
+
+namespace safnet {
+
+constexpr int kPlaces = 16;
+
+}  // namespace safnet
+
+namespace safnet::SAFNET_ISA {
+namespace {
+
+// A tile's positions, each the first of 2x2 outputs. Outputs in a row alternate: `dilation` of them are first columns of their
+// 2x2, the next ones second columns. Positions are numbered by pair of rows, then along the row.
+//
+// Its input is packed as [channel][slot][half][position]. A slot is an input row, `dilation` below the one before; its
+// halves are the columns that first and second outputs lie on, from one dilation left of the tile to two right of it.
+struct WinogradTile {
+  int64_t dilation, row_pairs, run;    // positions in a pair of rows
+  int64_t count;                       // positions, rounded up to vectors
+  int64_t pitch;                       // room for them, if whole vectors are written from the start of every run
+  int64_t columns;                     // outputs in a row, if whole vectors are written
+  int64_t slots, half, channel_pitch;  // of the packed input
+};
+
+template <class R>
+WinogradTile lay_out_winograd(const TapGrid& grid) {
+  WinogradTile tile;
+  tile.dilation = grid.row_step;
+  tile.row_pairs = (grid.tile_rows + 1) / 2;
+  tile.run = round_up(grid.tile_columns, 2 * tile.dilation) / 2;
+  const int64_t whole_run = round_up(tile.run, kLanes<R>);
+  tile.count = round_up(tile.row_pairs * tile.run, kLanes<R>);
+  tile.pitch = round_up((tile.row_pairs - 1) * tile.run + whole_run, kLanes<R>);
+  tile.columns = 2 * whole_run;
+  tile.slots = 2 * tile.row_pairs + 2;
+  tile.half = whole_run + tile.dilation;
+  tile.channel_pitch = spread_channels<R>(tile.slots * 2 * tile.half);
+  return tile;
+}
+
+// Where element `index` of a row of first (or second) columns lies among all columns.
+template <int D>
+SAFNET_INLINE constexpr int64_t column_of(int64_t index) {
+  return index / D * 2 * D + index % D;
+}
+
+// Splits a row of 2 * half columns into those of first and of second outputs.
+template <int D, class R>
+SAFNET_INLINE void split_row(const R* __restrict row, int64_t half, R* __restrict first) {
+  R* __restrict second = first + half;
+  for (int64_t i = 0; i < half; i += D)
+    for (int k = 0; k < D; ++k) first[i + k] = row[2 * i + k], second[i + k] = row[2 * i + D + k];
+}
+
+// Packs channels [first, first + channels) of one tile's input, zeros where it leaves the picture. `rows`: room for one
+// slot of every channel.
+template <int D, class R>
+void pack_winograd(const View& input, const WinogradTile& tile, const Place& place, int64_t first, int64_t channels,
+                   R* rows, R* packed) {
+  const int64_t columns = 2 * tile.half, x0 = place.x - D;
+  const int64_t begin = x0 >= 0 ? 0 : smaller(-x0, columns);
+  for (int64_t slot = 0; slot < tile.slots; ++slot) {
+    const int64_t y = place.y + (slot - 1) * D;
+    const bool inside = y >= 0 && y < input.size[2];
+    const int64_t end = inside ? larger(begin, smaller(input.size[3] - x0, columns)) : begin;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < begin; ++i) rows[c * columns + i] = 0;
+      for (int64_t i = end; i < columns; ++i) rows[c * columns + i] = 0;
+    }
+    if (begin < end)
+      load_channels(input, Span{place.n, y, x0 + begin, 1, end - begin}, first, channels, rows + begin, columns);
+    for (int64_t c = 0; c < channels; ++c)
+      split_row<D>(rows + c * columns, tile.half, packed + c * tile.channel_pitch + slot * columns);
+  }
+}
+
+// to[4 * row + column] = G g G'.
+SAFNET_INLINE void transform_weights(const double (&g)[3][3], double (&to)[kPlaces]) {
+  double rows[4][3];
+  for (int k = 0; k < 3; ++k) {
+    rows[0][k] = g[0][k];
+    rows[1][k] = (g[0][k] + g[1][k] + g[2][k]) / 2;
+    rows[2][k] = (g[0][k] - g[1][k] + g[2][k]) / 2;
+    rows[3][k] = g[2][k];
+  }
+  for (int row = 0; row < 4; ++row) {
+    const double* r = rows[row];
+    double* out = to + 4 * row;
+    out[0] = r[0], out[1] = (r[0] + r[1] + r[2]) / 2, out[2] = (r[0] - r[1] + r[2]) / 2, out[3] = r[2];
+  }
+}
+
+// B' d along one direction.
+template <class V>
+SAFNET_INLINE void transform_four(const V& a, const V& b, const V& c, const V& d, V (&to)[4]) {
+  to[0] = a - c, to[1] = b + c, to[2] = c - b, to[3] = b - d;
+}
+
+// out[place][channel][position] = B' d B.
+template <int D, class R>
+__attribute__((noinline)) void transform_input(const WinogradTile& tile, const R* packed, int64_t channels,
+                                               R* out) {
+  const int64_t place = channels * tile.pitch, half = tile.half, slot = 2 * half;
+  for (int64_t c = 0; c < channels; ++c, packed += tile.channel_pitch, out += tile.pitch)
+    for (int64_t j = 0; j < tile.row_pairs; ++j)
+      for (int64_t i = 0; i < tile.run; i += kLanes<R>) {
+        Vector<R> t[4][4];
+        for (int s = 0; s < 4; ++s) {
+          const R* at = packed + (2 * j + s) * slot + i;
+          const R* next = at + D;
+          transform_four(vector_at(at), vector_at(at + half), vector_at(next), vector_at(next + half), t[s]);
+        }
+        R* to = out + j * tile.run + i;
+        for (int k = 0; k < 4; ++k) {
+          Vector<R> values[4];
+          transform_four(t[0][k], t[1][k], t[2][k], t[3][k], values);
+          for (int s = 0; s < 4; ++s) store_vector(values[s], to + (4 * s + k) * place);
+        }
+      }
+}
+
+// sums = A' products A + bias: [channel][row][column].
+template <int D, class R>
+__attribute__((noinline)) void transform_output(const WinogradTile& tile, const R* products, const R* bias, int64_t channels,
+                                                Sums<R> sums) {
+  const int64_t place = channels * tile.pitch;
+  for (int64_t c = 0; c < channels; ++c, products += tile.pitch, sums.data += sums.channel)
+    for (int64_t j = 0; j < tile.row_pairs; ++j)
+      for (int64_t i = 0; i < tile.run; i += kLanes<R>) {
+        Vector<R> rows[2][4];
+        for (int k = 0; k < 4; ++k) {
+          const R* at = products + k * place + j * tile.run + i;
+          const Vector<R> second = vector_at(at + 4 * place), third = vector_at(at + 8 * place);
+          rows[0][k] = vector_at(at) + second + third;
+          rows[1][k] = second - third - vector_at(at + 12 * place);
+        }
+        for (int row = 0; row < 2; ++row) {
+          const auto& r = rows[row];
+          const Vector<R> both = r[1] + bias[c];
+          const Vector<R> first = r[0] + both + r[2], second = both - r[2] - r[3];
+          R* to = sums.data + (2 * j + row) * sums.row + column_of<D>(i);
+          for (int lane = 0; lane < kLanes<R>; ++lane) {
+            to[column_of<D>(lane)] = first[lane];
+            to[column_of<D>(lane) + D] = second[lane];
+          }
+        }
+      }
+}
+
+// A block of output channels at one place: out[m][x] = sum over channels c of weights[c][m] * in[c][x].
+template <class R>
+struct Product {
+  const R* in;
+  const R* weights;
+  R* out;
+  int64_t pitch;  // of channels, in and out
+  int64_t channels;
+};
+
+template <class R, int M, int N>
+SAFNET_INLINE void multiply_strip(const Product<R>& p, int64_t x) {
+  Vector<R> sum[M][N] = {};
+  const R* in = p.in + x;
+  const R* const end = in + p.channels * p.pitch;
+  for (const R* weights = p.weights; in != end; in += p.pitch, weights += M) {
+    Vector<R> values[N];
+    for (int v = 0; v < N; ++v) values[v] = vector_at(in + v * kLanes<R>);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) sum[m][v] += values[v] * weights[m];
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) store_vector(sum[m][v], p.out + x + m * p.pitch + v * kLanes<R>);
+}
+
+// Not inlined, so that its sums get all registers.
+template <class R, int M>
+__attribute__((noinline)) void multiply(const Product<R>& p, int64_t vectors) {
+  int64_t x = 0;
+  for (int strip; vectors > 0; vectors -= strip, x += strip * kLanes<R>) {
+    strip = strip_vectors(vectors);
+    if (strip == 3)
+      multiply_strip<R, M, 3>(p, x);
+    else if (strip == 2)
+      multiply_strip<R, M, 2>(p, x);
+    else
+      multiply_strip<R, M, 1>(p, x);
+  }
+}
+
+// The convolution as a method of group_conv_shuffle.cpp, beside ByDefinition in convolution.h.
+template <class R>
+class ByWinograd {
+ public:
+  ByWinograd(const TapGrid& grid, int64_t channels_in, int64_t channels_out)
+      : tile_(lay_out_winograd<R>(grid)),
+        channels_in_(channels_in),
+        channels_out_(channels_out),
+        rows_(channels_in * 2 * tile_.half),
+        packed_(channels_in * tile_.channel_pitch),
+        transformed_(kPlaces * channels_in * tile_.pitch),
+        products_(kPlaces * channels_out * tile_.pitch) {}
+
+  int64_t rows() const { return 2 * tile_.row_pairs; }
+  int64_t columns() const { return tile_.columns; }
+
+  // `weights`: [place][block of output channels][input channel][in block].
+  void convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
+                Sums<R> sums) const {
+    switch (tile_.dilation) {
+      case 1:
+        return convolve_dilated<1>(input, place, first, weights, bias, sums);
+      case 2:
+        return convolve_dilated<2>(input, place, first, weights, bias, sums);
+      default:
+        return convolve_dilated<4>(input, place, first, weights, bias, sums);
+    }
+  }
+
+ private:
+  template <int D>
+  void convolve_dilated(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
+                        Sums<R> sums) const {
+    pack_winograd<D>(input, tile_, place, first, channels_in_, rows_.data(), packed_.data());
+    transform_input<D>(tile_, packed_.data(), channels_in_, transformed_.data());
+    multiply_places(weights);
+    transform_output<D>(tile_, products_.data(), bias, channels_out_, sums);
+  }
+
+  void multiply_places(const R* weights) const {
+    const int64_t vectors = tile_.count / kLanes<R>;
+    for (int64_t place = 0; place < kPlaces; ++place)
+      for (int64_t o = 0, block; o < channels_out_; o += block) {
+        block = block_channels(channels_out_ - o);
+        const int64_t channel = place * channels_out_ + o;
+        const Product<R> product{transformed_.data() + place * channels_in_ * tile_.pitch,
+                                 weights + channel * channels_in_, products_.data() + channel * tile_.pitch,
+                                 tile_.pitch, channels_in_};
+        switch (block) {
+          case 1:
+            multiply<R, 1>(product, vectors);
+            break;
+          case 2:
+            multiply<R, 2>(product, vectors);
+            break;
+          case 3:
+            multiply<R, 3>(product, vectors);
+            break;
+          case 4:
+            multiply<R, 4>(product, vectors);
+            break;
+          default:
+            multiply<R, kBlock>(product, vectors);
+        }
+      }
+  }
+
+  WinogradTile tile_;
+  int64_t channels_in_, channels_out_;
+  Scratch<R> rows_, packed_, transformed_, products_;
+};
+
+}  // namespace
+}  // namespace safnet::SAFNET_ISA
