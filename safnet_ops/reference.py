@@ -5,6 +5,8 @@ differentiable to any order, and state the numerics that the kernels must reprod
 summed in float32 and rounded once, at the end; float64 stays float64.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,6 +102,14 @@ def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(flow, (height, width), mode="bilinear", align_corners=False) * ratio
 
 
+def upsample_alignment(low: Sequence[Tensor], image: Tensor) -> list[Tensor]:
+    """Two flows (N, 2, h, w) in pixels and two mask logits (N, 1, h, w) as flows and masks in [0, 1] of the image's size."""
+    size = image.shape[2:]
+    flow_short, flow_long, *logits = (value.to(compute_type(image)) for value in low)
+    masks = [F.interpolate(mask, size, mode="bilinear", align_corners=False).sigmoid() for mask in logits]
+    return [resize_flow(flow_short, *size), resize_flow(flow_long, *size), *masks]
+
+
 def upsample_fuse(
     short: Tensor,
     reference: Tensor,
@@ -111,15 +121,10 @@ def upsample_fuse(
     reference_ldr: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Resize low-resolution flows and mask logits, apply the sigmoid, fuse; returns (fused, flows, masks) at full size."""
-    height, width = short.shape[2:]
-    kind = compute_type(short)
-    flows = [resize_flow(flow.to(kind), height, width) for flow in (flow_short, flow_long)]
-    masks = [
-        F.interpolate(mask.to(kind), (height, width), mode="bilinear", align_corners=False).sigmoid()
-        for mask in (mask_short, mask_long)
-    ]
-    fused = fused_fuse(short, reference, long, flows[0], flows[1], masks[0], masks[1], reference_ldr)
-    return fused, flows[0], flows[1], masks[0], masks[1]
+    full = upsample_alignment((flow_short, flow_long, mask_short, mask_long), short)
+    flow_short, flow_long, mask_short, mask_long = full
+    fused = fused_fuse(short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr)
+    return fused, flow_short, flow_long, mask_short, mask_long
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:

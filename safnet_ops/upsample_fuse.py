@@ -7,6 +7,7 @@ from torch import Tensor
 from safnet_ops import reference as references
 from safnet_ops.backends import choose, define, kernel
 from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, needs_gradient, unify_geometry
+from safnet_ops.fused_fuse import fused_fuse
 
 
 def upsample_fuse(
@@ -24,8 +25,8 @@ def upsample_fuse(
     """Resize low-resolution flows and mask logits to the images' size, apply the sigmoid, and fuse, in one pass.
 
     The resizing is bilinear with align_corners False; a flow's x and y are multiplied by the true ratios of widths and heights.
-    The fusion is that of `fused_fuse` with triangle weights. Meant for inference: where a gradient is needed, the references
-    run, and autograd differentiates them.
+    The fusion is that of `fused_fuse` with triangle weights. One pass is for inference: where a gradient is needed, PyTorch
+    resizes and `fused_fuse` fuses.
 
     Args:
         short, reference, long, reference_ldr: (N, C, H, W) of one dtype, as in `fused_fuse`.
@@ -55,8 +56,14 @@ def upsample_fuse(
             raise ValueError(f"upsample_fuse: {name} must have pixels to resize, got {tuple(value.shape)}")
     inputs = (short, reference, long, *unify_geometry("upsample_fuse", short, low), reference_ldr)
     backend = choose("upsample_fuse", short.device, backend)
-    if backend == "reference" or needs_gradient(*inputs):
+    if backend == "reference":
         return references.upsample_fuse(*inputs)
+    if needs_gradient(*inputs):
+        flow_short, flow_long, mask_short, mask_long = references.upsample_alignment(inputs[3:7], short)
+        fused = fused_fuse(
+            short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr, backend=backend
+        )
+        return fused, flow_short, flow_long, mask_short, mask_long
     return kernel(backend, "upsample_fuse")(*inputs)
 
 

@@ -65,10 +65,15 @@ def test_opcheck(layout):
     torch.library.opcheck(cpp.upsample_fuse.default, tuple(layout(x) for x in make()))
 
 
-def test_gradients_come_from_the_reference():
-    inputs = [x.requires_grad_() for x in make(size=(5, 6), low=(3, 4), n=1, kind=(torch.float64, torch.float64))]
-    safnet_ops.upsample_fuse(*inputs)[0].sum().backward()
-    assert all(x.grad is not None for x in inputs)
+def test_gradients():
+    """Of every input, through every result, those of the reference."""
+    found, expected = ([x.requires_grad_() for x in make(size=(5, 6), low=(3, 4), n=1)] for _ in range(2))
+    for value, other in zip(found, expected, strict=True):
+        other.data.copy_(value.data)
+    for operator, inputs in ((safnet_ops.upsample_fuse, found), (reference.upsample_fuse, expected)):
+        sum((index * result).square().sum() for index, result in enumerate(operator(*inputs), 1)).backward()
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_compile_and_export():
