@@ -91,9 +91,8 @@ class Work:
         self.result_bytes = sum(value.nbytes for value in results)
         torch.manual_seed(1)
         values = torch.randn(results[0].shape, dtype=results[0].dtype)
-        self.grad = torch.empty_like(results[0]).copy_(
-            values
-        )  # in the result's layout; randn_like's order would follow it
+        # In the result's layout; the order of randn_like's numbers would follow it.
+        self.grad = torch.empty_like(results[0]).copy_(values)
 
     def prepare(self) -> Callable[[], tuple[Tensor, ...]]:
         """The work to be timed: the inference, the backward of a forward that is done now, or both."""

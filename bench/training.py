@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import safnet_ops
 from safnet.perceptual import VGG16
 from safnet.timing import device_name
 from safnet.train import Training
-from safnet.train_data import Crop, Crops, open_scenes
+from safnet.train_data import CachedScenes, Crop, Crops, open_scenes
 from safnet.train_settings import TrainSettings, read_configuration
 
 ROUNDS = 5  # of a step on each kind of operators, by turns
@@ -85,10 +86,12 @@ def main() -> None:
         settings = replace(settings, batch=options.batch or settings.batch)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as a worker has it
-        crops = Crops(open_scenes(settings), settings)
-        rendering = [seconds_of(lambda number=number: crops.scenes.scenes.read(number)) for number in range(6)]
+        scenes = open_scenes(settings)
+        assert isinstance(scenes, CachedScenes)  # as rendered ones always are
+        crops = Crops(scenes, settings)
+        rendering = [seconds_of(partial(scenes.scenes.read, number)) for number in range(6)]
         examples = [crops[number] for number in range(settings.batch)]
-        cutting = [seconds_of(lambda number=number: crops[number]) for number in range(settings.batch)]
+        cutting = [seconds_of(partial(crops.__getitem__, number)) for number in range(settings.batch)]
         torch.set_num_threads(threads)
     batch: Crop = Crop(*default_collate([tuple(example) for example in examples]))
 
@@ -106,7 +109,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(ROUNDS + 1):
         for name in steps:
-            taken = seconds_of(lambda name=name: run(name))
+            taken = seconds_of(partial(run, name))
             if turn:  # the first warms up
                 seconds[name].append(taken)
     print(f"{options.config}: {settings.model}, {settings.batch} crops of {settings.crop}, ", end="")
@@ -122,7 +125,7 @@ def main() -> None:
     rendered, cut = statistics.median(rendering), statistics.median(cutting)
     print(f"a crop, on one thread: {rendered:.3f} s to render its scene, which {settings.reuse} crops share,")
     print(f"  {cut:.3f} s from a scene that is there")
-    columns = {name: shares(lambda name=name: run(name)) for name in steps}
+    columns = {name: shares(partial(run, name)) for name in steps}
     print("share of a step                   " + "".join(f"{name:>14}" for name in columns))
     for part in columns["this library"]:
         print(f"{part:<34}" + "".join(f"{100 * column[part]:>12.1f} %" for column in columns.values()))

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import OpenImageIO as oiio
+import torch
+
+from safnet.scenes import Scene
 
 HEIGHT, WIDTH = 64, 96
 EVS = (-2.0, 0.0, 2.0)
 NTIRE_GAMMA = 2.24
+SCENE = 64  # side of what make_scene makes
 
 
 def make_radiance(seed=0, shift=0, height=HEIGHT, width=WIDTH):
@@ -87,3 +91,18 @@ def write_ntire21(root: Path, name, seed=0):
     np.save(folder / "alignratio.npy", ratio)
     np.save(folder / "exposures.npy", np.array(EVS))
     return truth
+
+
+def make_scene(seed: int) -> Scene:
+    """A texture that shifts by whole pixels between the frames, exposed 0, 2 and 4 EV."""
+    random = np.random.default_rng(seed)
+    texture = torch.from_numpy(random.uniform(0.05, 1.0, (3, SCENE // 4 + 8, SCENE // 4 + 8)).astype(np.float32))
+    texture = torch.nn.functional.interpolate(texture[None], scale_factor=4, mode="bicubic")[0].clamp(0, 1)
+    dx, dy = (int(v) for v in random.integers(-6, 7, 2))
+    views = [texture[:, 12 - k * dy : 12 - k * dy + SCENE, 12 - k * dx : 12 - k * dx + SCENE] for k in (-1, 0, 1)]
+    frames = [(view * 2**ev / 4).clamp(0, 1) ** (1 / 2.2) for view, ev in zip(views, (0, 2, 4), strict=True)]
+    flow = torch.tensor([[-dx, -dy], [dx, dy]], dtype=torch.float32).view(2, 2, 1, 1).expand(2, 2, SCENE, SCENE)
+    truth = views[1] / 4
+    return Scene(
+        torch.stack(frames).mul(65535).floor() / 65536, (0.0, 2.0, 4.0), truth, flow, torch.ones(2, SCENE, SCENE).bool()
+    )

@@ -4,14 +4,8 @@ import torch
 from safnet.ablation import PARTS, ablate
 from safnet.model import Fusion, SAFNet
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model only waits for more of them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# So small a model only waits for more threads on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["small", "full"])

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scene_folders import make_scene
 
 from safnet import load_model
 from safnet.datasets import DatasetError
 from safnet.model import SAFNet
-from safnet.scenes import Scene, write_scene
+from safnet.scenes import write_scene
 from safnet.weights import WeightsError
 
 pytest.importorskip("lightning", reason="training needs the extra `train`")
@@ -24,23 +25,6 @@ from safnet.train import Training, fresh_model, train
 from safnet.train_callbacks import CHECKPOINT, METRICS, PICTURES, WEIGHTS, Keeper
 from safnet.train_data import Crops
 from safnet.train_settings import TrainingError, TrainSettings
-
-SIZE = 64
-
-
-def make_scene(seed: int) -> Scene:
-    """A texture that shifts by whole pixels between the frames, exposed 0, 2 and 4 EV."""
-    random = np.random.default_rng(seed)
-    texture = torch.from_numpy(random.uniform(0.05, 1.0, (3, SIZE // 4 + 8, SIZE // 4 + 8)).astype(np.float32))
-    texture = torch.nn.functional.interpolate(texture[None], scale_factor=4, mode="bicubic")[0].clamp(0, 1)
-    dx, dy = (int(v) for v in random.integers(-6, 7, 2))
-    views = [texture[:, 12 - k * dy : 12 - k * dy + SIZE, 12 - k * dx : 12 - k * dx + SIZE] for k in (-1, 0, 1)]
-    frames = [(view * 2**ev / 4).clamp(0, 1) ** (1 / 2.2) for view, ev in zip(views, (0, 2, 4), strict=True)]
-    flow = torch.tensor([[-dx, -dy], [dx, dy]], dtype=torch.float32).view(2, 2, 1, 1).expand(2, 2, SIZE, SIZE)
-    truth = views[1] / 4
-    return Scene(
-        torch.stack(frames).mul(65535).floor() / 65536, (0, 2, 4), truth, flow, torch.ones(2, SIZE, SIZE).bool()
-    )
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import scene_folders
 import torch
 
 from safnet.datasets import DatasetError, find_scenes, in_all_orders, load_scene
-from safnet.scenes import Scene, SceneError, SceneSettings, synthesize_scene, write_scene
+from safnet.scenes import SceneError, SceneSettings, synthesize_scene, write_scene
 from safnet.train_data import (
     POOL,
     Batches,
@@ -26,28 +26,9 @@ from safnet.train_data import (
 from safnet.train_settings import TrainSettings
 from safnet_ops.reference import backward_warp
 
-SIZE = 64
-
-
-def make_scene(seed: int) -> Scene:
-    """A texture that shifts by whole pixels between the frames, exposed 0, 2 and 4 EV."""
-    random = np.random.default_rng(seed)
-    texture = torch.from_numpy(random.uniform(0.05, 1.0, (3, SIZE // 4 + 8, SIZE // 4 + 8)).astype(np.float32))
-    texture = torch.nn.functional.interpolate(texture[None], scale_factor=4, mode="bicubic")[0].clamp(0, 1)
-    dx, dy = (int(v) for v in random.integers(-6, 7, 2))
-    views = [texture[:, 12 - k * dy : 12 - k * dy + SIZE, 12 - k * dx : 12 - k * dx + SIZE] for k in (-1, 0, 1)]
-    frames = [(view * 2**ev / 4).clamp(0, 1) ** (1 / 2.2) for view, ev in zip(views, (0, 2, 4), strict=True)]
-    flow = torch.tensor([[-dx, -dy], [dx, dy]], dtype=torch.float32).view(2, 2, 1, 1).expand(2, 2, SIZE, SIZE)
-    return Scene(torch.stack(frames), (0.0, 2.0, 4.0), views[1] / 4, flow, torch.ones(2, SIZE, SIZE).bool())
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small scenes only wait for more of them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+SIZE = scene_folders.SCENE
+# So small scenes only wait for more threads on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +56,7 @@ class Shifts:
         return int(random.integers(3))
 
     def read(self, number):
-        return make_scene(number)
+        return scene_folders.make_scene(number)
 
     def key(self, number):
         return str(number)
@@ -196,7 +177,7 @@ def test_the_missing_file_is_named(settings, tmp_path):
 
 
 def test_validation_scenes_come_whole(tmp_path):
-    write_scene(make_scene(0), tmp_path / "Test/0")
+    write_scene(scene_folders.make_scene(0), tmp_path / "Test/0")
     exposures, truth = Whole(find_scenes("kalantari17", tmp_path, "Test"))[0]
     assert exposures.shape == (3, 6, SIZE, SIZE)
     assert truth.shape == (3, SIZE, SIZE)
@@ -237,17 +218,17 @@ def test_the_cache_gives_what_it_was_given_and_keeps_little(tmp_path):
     scenes = CachedScenes(source, tmp_path / "cache", keep=2)
     for number in (0, 1, 0, 1):
         scene = scenes.read(number)
-        assert equal(scene, make_scene(number))
+        assert equal(scene, scene_folders.make_scene(number))
         assert scene.evs == (0.0, 2.0, 4.0)
     assert source.made == 2
     scenes.read(2)
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["1.safetensors", "2.safetensors"]
-    assert equal(scenes.read(0), make_scene(0))  # thrown away, and made again
+    assert equal(scenes.read(0), scene_folders.make_scene(0))  # thrown away, and made again
 
 
 def test_a_data_sets_cache_knows_its_files(tmp_path):
     for number in range(2):
-        write_scene(make_scene(number), tmp_path / f"{number}")
+        write_scene(scene_folders.make_scene(number), tmp_path / f"{number}")
     scenes = FileScenes(find_scenes("kalantari17", tmp_path))
     before = scenes.key(0)
     assert before != scenes.key(1)
