@@ -41,6 +41,7 @@ struct WeightGradientArguments {
   void* partial;     // (parts, weights)
   void* out;         // contiguous
   int64_t groups, channels_in, channels_out, tiles, parts;
+  bool winograd;  // instead of by definition
 };
 
 SAFNET_DECLARE(conv_pack_weights, const ConvolutionArguments&, int64_t, int64_t)
@@ -313,8 +314,33 @@ SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLa
   }
 }
 
+// Calls act(place) for the tiles of one part.
+template <class Act>
+SAFNET_INLINE void for_tiles(const WeightGradientArguments& a, int64_t part, const Act& act) {
+  for (int64_t index = a.tiles * part / a.parts; index < a.tiles * (part + 1) / a.parts; ++index) {
+    const Place place = place_of(a.grid, index);
+    if (place.rows > 0) act(place);
+  }
+}
+
+template <class R>
+void weight_gradient_by_winograd(const WeightGradientArguments& a, int64_t begin, int64_t end) {
+  const WinogradCorrelation<R> correlation(a.grid, a.channels_in, a.channels_out);
+  const int64_t group_weights = a.channels_out * a.channels_in * 9, group_sums = correlation.sums();
+  const Scratch<R> sums(a.groups * group_sums);
+  for (int64_t part = begin; part < end; ++part) {
+    for (int64_t i = 0; i < a.groups * group_sums; ++i) sums[i] = 0;
+    for_tiles(a, part, [&](const Place& place) {
+      for (int64_t g = 0; g < a.groups; ++g) correlation.add(a.input, a.grad, place, g, sums.data() + g * group_sums);
+    });
+    R* out = static_cast<R*>(a.partial) + part * a.groups * group_weights;
+    for (int64_t g = 0; g < a.groups; ++g) correlation.finish(sums.data() + g * group_sums, out + g * group_weights);
+  }
+}
+
 template <class R>
 void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
+  if (a.winograd) return weight_gradient_by_winograd<R>(a, begin, end);
   const TileLayout tile = lay_out<R>(a.grid);
   const int64_t pitch = round_up(a.grid.tile_columns, kLanes<R>), channel = a.grid.tile_rows * pitch;
   const int64_t group_weights = a.channels_out * a.channels_in * 9, weights = a.groups * group_weights;
@@ -322,9 +348,7 @@ void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t en
   for (int64_t part = begin; part < end; ++part) {
     R* out = static_cast<R*>(a.partial) + part * weights;
     for (int64_t i = 0; i < weights; ++i) out[i] = 0;
-    for (int64_t index = a.tiles * part / a.parts; index < a.tiles * (part + 1) / a.parts; ++index) {
-      const Place place = place_of(a.grid, index);
-      if (place.rows <= 0) continue;
+    for_tiles(a, part, [&](const Place& place) {
       for (int64_t g = 0; g < a.groups; ++g) {
         pack_tile(a.input, a.grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
         for (int64_t j = 0; j < place.rows; ++j) {
@@ -335,7 +359,7 @@ void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t en
         }
         correlate_tile<R>(a, tile, place, packed.data(), {grads.data(), channel, pitch}, out + g * group_weights);
       }
-    }
+    });
   }
 }
 
@@ -451,18 +475,17 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
 
 // Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights where
 // the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole vectors.
-bool winograd_serves(const ConvolutionArguments& a) {
-  const int64_t step = a.grid.row_step;
-  return a.grid.in_stride == 1 && a.out_stride == 1 && a.grid.taps == kMostTaps &&
-         (step == 1 || step == 2 || step == 4) &&
-         a.channels_in * a.channels_out >= 4 * (a.channels_in + a.channels_out) &&
-         a.input.size[0] * a.grid.height * a.grid.width >= 64 * step * step;
+bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_out) {
+  const int64_t step = grid.row_step;
+  return grid.in_stride == 1 && grid.taps == kMostTaps && (step == 1 || step == 2 || step == 4) &&
+         channels_in * channels_out >= 4 * (channels_in + channels_out) &&
+         pictures * grid.height * grid.width >= 64 * step * step;
 }
 
 // Runs a convolution whose arguments are complete but for the tiles and the packed weights.
 void run(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
-  a.winograd = winograd_serves(a);
+  a.winograd = a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out);
   if (a.winograd)
     cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
   else
@@ -506,13 +529,14 @@ std::tuple<Tensor, Tensor> group_conv_shuffle(Tensor input, Tensor weight, std::
 }
 
 // The gradient of the input: for every phase of the stride a convolution of the gradient with some of the weights.
-void input_gradient(const View& grad, const Tensor& weight, const Tensor& grad_input, int64_t groups, int64_t stride,
+void input_gradient(const View& grad, const Tensor& weight, Tensor& grad_input, int64_t groups, int64_t stride,
                     int64_t dilation) {
   ConvolutionArguments a{};
   a.input = grad, a.weight = view(weight), a.out = view(grad_input);
   a.groups = groups, a.channels_in = grad.size[1] / groups, a.channels_out = a.out.size[1] / groups;
   a.transposed = true;
   a.out_stride = stride;
+  if (stride > 1) torch::stable::zero_(grad_input);  // phases may be reached by no tap
   for (a.out_y = 0; a.out_y < std::min(stride, a.out.size[2]); ++a.out_y)
     for (a.out_x = 0; a.out_x < std::min(stride, a.out.size[3]); ++a.out_x) {
       TapGrid grid{};
@@ -535,7 +559,11 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   a.groups = groups, a.channels_in = input.size[1] / groups, a.channels_out = grad.size[1] / groups;
   a.out = grad_weight.data_ptr();
   a.grid = forward_grid(input, grad, stride, dilation);
-  cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
+  a.winograd = winograd_serves(a.grid, input.size[0], a.channels_in, a.channels_out);
+  if (a.winograd)
+    cut_into_winograd_tiles(a.grid, input.size[0], a.channels_in + a.channels_out, a.input.type);
+  else
+    cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
   a.tiles = tile_count(a.grid, input.size[0]);
   const int64_t weights = grad_weight.numel();
   // Enough parts for many threads, in at most 4 million numbers.
@@ -585,12 +613,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_conv_shuffle_backward(
   const auto vector_gradient = [&](bool wanted) { return empty({wanted ? channels : 0}, type); };
   const std::vector<int64_t> out_size{grad.size(0), grad.size(1), grad.size(2), grad.size(3)};
   const std::vector<int64_t> weight_size{weight.size(0), weight.size(1), 3, 3};
-  Tensor grad_input = zero_gradient(input, needed(0));
+  Tensor grad_input = empty_gradient(input, needed(0));
   Tensor grad_weight = needed(1) ? empty(weight_size, type) : empty({0}, type);
   Tensor grad_bias = vector_gradient(needed(2)), grad_slope = vector_gradient(needed(3));
   Tensor grad_residual = needed(4) ? empty(out_size, type, is_channels_last(input)) : empty({0}, type);
   if (grad.numel() == 0 || input.numel() == 0 || weight.numel() == 0) {
-    for (Tensor* result : {&grad_weight, &grad_bias, &grad_slope, &grad_residual}) torch::stable::zero_(*result);
+    for (Tensor* result : {&grad_input, &grad_weight, &grad_bias, &grad_slope, &grad_residual}) torch::stable::zero_(*result);
     return {grad_input, grad_weight, grad_bias, grad_slope, grad_residual};
   }
   // Before activation and shuffle the gradient is that of the residual; with neither it is the one that came.

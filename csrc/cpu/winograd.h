@@ -18,8 +18,8 @@ constexpr int kPlaces = 16;
 namespace safnet::SAFNET_ISA {
 namespace {
 
-// A tile's positions, each the first of 2x2 outputs. Outputs in a row alternate: `dilation` of them are first columns of their
-// 2x2, the next ones second columns. Positions are numbered by pair of rows, then along the row.
+// A tile's positions, each the first of 2x2 outputs. Outputs in a row alternate: `dilation` of them are first columns of
+// their 2x2, the next ones second columns. Positions are numbered by pair of rows, then along the row.
 //
 // Its input is packed as [channel][slot][half][position]. A slot is an input row, `dilation` below the one before; its
 // halves are the columns that first and second outputs lie on, from one dilation left of the tile to two right of it.
@@ -130,8 +130,8 @@ __attribute__((noinline)) void transform_input(const WinogradTile& tile, const R
 
 // sums = A' products A + bias: [channel][row][column].
 template <int D, class R>
-__attribute__((noinline)) void transform_output(const WinogradTile& tile, const R* products, const R* bias, int64_t channels,
-                                                Sums<R> sums) {
+__attribute__((noinline)) void transform_output(const WinogradTile& tile, const R* products, const R* bias,
+                                                int64_t channels, Sums<R> sums) {
   const int64_t place = channels * tile.pitch;
   for (int64_t c = 0; c < channels; ++c, products += tile.pitch, sums.data += sums.channel)
     for (int64_t j = 0; j < tile.row_pairs; ++j)
@@ -266,6 +266,188 @@ class ByWinograd {
   WinogradTile tile_;
   int64_t channels_in_, channels_out_;
   Scratch<R> rows_, packed_, transformed_, products_;
+};
+
+// A y along one direction.
+template <class V>
+SAFNET_INLINE void transform_two(const V& first, const V& second, V (&to)[4]) {
+  to[0] = first, to[1] = first + second, to[2] = first - second, to[3] = -second;
+}
+
+// out[place][position][channel] = A y A' of the gradients y of 2x2 outputs, from [row][column][channel]; `pitch` channels,
+// whole vectors of them.
+template <int D, class R>
+__attribute__((noinline)) void transform_gradient(const WinogradTile& tile, const R* grad, int64_t pitch, R* out) {
+  const int64_t row = tile.columns * pitch, place = tile.row_pairs * tile.run * pitch;
+  for (int64_t j = 0; j < tile.row_pairs; ++j)
+    for (int64_t i = 0; i < tile.run; ++i)
+      for (int64_t c = 0; c < pitch; c += kLanes<R>) {
+        const R* at = grad + 2 * j * row + column_of<D>(i) * pitch + c;
+        Vector<R> first[4], second[4], values[4];
+        transform_two(vector_at(at), vector_at(at + row), first);
+        transform_two(vector_at(at + D * pitch), vector_at(at + row + D * pitch), second);
+        R* to = out + (j * tile.run + i) * pitch + c;
+        for (int s = 0; s < 4; ++s) {
+          transform_two(first[s], second[s], values);
+          for (int k = 0; k < 4; ++k) store_vector(values[k], to + (4 * s + k) * place);
+        }
+      }
+}
+
+// A block of input channels at one place: out[m][x] += sum over positions q of in[m][q] * grad[q][x].
+template <class R>
+struct Correlation {
+  const R* in;
+  int64_t in_pitch;
+  const R* grad;
+  R* out;
+  int64_t pitch;  // of rows of grad and out
+  int64_t positions;
+};
+
+template <class R, int M, int N>
+SAFNET_INLINE void correlate_strip(const Correlation<R>& a, int64_t x) {
+  Vector<R> sum[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) sum[m][v] = vector_at(a.out + m * a.pitch + x + v * kLanes<R>);
+  const R* grad = a.grad + x;
+  for (int64_t q = 0; q < a.positions; ++q, grad += a.pitch) {
+    Vector<R> values[N];
+    for (int v = 0; v < N; ++v) values[v] = vector_at(grad + v * kLanes<R>);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < N; ++v) sum[m][v] += values[v] * a.in[m * a.in_pitch + q];
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) store_vector(sum[m][v], a.out + m * a.pitch + x + v * kLanes<R>);
+}
+
+// Not inlined, so that its sums get all registers.
+template <class R, int M>
+__attribute__((noinline)) void correlate_block(const Correlation<R>& a) {
+  int64_t x = 0, vectors = a.pitch / kLanes<R>;
+  for (int strip; vectors > 0; vectors -= strip, x += strip * kLanes<R>) {
+    strip = strip_vectors(vectors);
+    if (strip == 3)
+      correlate_strip<R, M, 3>(a, x);
+    else if (strip == 2)
+      correlate_strip<R, M, 2>(a, x);
+    else
+      correlate_strip<R, M, 1>(a, x);
+  }
+}
+
+// The gradient of the weights by the same method, G'[(B' d B) . (A y A')]G summed over 2x2 outputs: products at the 16 places
+// are added up over all tiles of a part, and transformed back once.
+template <class R>
+class WinogradCorrelation {
+ public:
+  WinogradCorrelation(const TapGrid& grid, int64_t channels_in, int64_t channels_out)
+      : tile_(lay_out_winograd<R>(grid)),
+        channels_in_(channels_in),
+        channels_out_(channels_out),
+        pitch_(round_up(channels_out, kLanes<R>)),
+        rows_(larger(channels_in * 2 * tile_.half, channels_out * tile_.columns)),
+        packed_(larger(channels_in * tile_.channel_pitch, 2 * tile_.row_pairs * tile_.columns * pitch_)),
+        transformed_(kPlaces * channels_in * tile_.pitch),
+        grads_(kPlaces * tile_.row_pairs * tile_.run * pitch_),
+        in_order_(channels_out) {
+    for (int64_t c = 0; c < channels_out; ++c) in_order_[c] = rows_.data() + c * tile_.columns;
+  }
+
+  // Numbers in the sums of one group.
+  int64_t sums() const { return kPlaces * channels_in_ * pitch_; }
+
+  // sums[place][input channel][output channel] += those of one tile.
+  void add(const View& input, const View& grad, const Place& place, int64_t group, R* sums) const {
+    switch (tile_.dilation) {
+      case 1:
+        return add_dilated<1>(input, grad, place, group, sums);
+      case 2:
+        return add_dilated<2>(input, grad, place, group, sums);
+      default:
+        return add_dilated<4>(input, grad, place, group, sums);
+    }
+  }
+
+  // out[output channel][input channel][3x3] of one group.
+  void finish(const R* sums, R* out) const {
+    const int64_t row = 4 * channels_in_ * pitch_;
+    for (int64_t c = 0; c < channels_in_; ++c)
+      for (int64_t o = 0; o < channels_out_; o += kLanes<R>) {
+        Vector<R> rows[3][4], weights[3][3];
+        for (int k = 0; k < 4; ++k) {
+          const R* at = sums + (k * channels_in_ + c) * pitch_ + o;
+          Vector<R> places[4], back[3];
+          for (int s = 0; s < 4; ++s) places[s] = vector_at(at + s * row);
+          transform_back(places, back);
+          for (int s = 0; s < 3; ++s) rows[s][k] = back[s];
+        }
+        for (int s = 0; s < 3; ++s) transform_back(rows[s], weights[s]);
+        for (int64_t lane = 0; lane < smaller(kLanes<R>, channels_out_ - o); ++lane)
+          for (int t = 0; t < 9; ++t) out[((o + lane) * channels_in_ + c) * 9 + t] = weights[t / 3][t % 3][lane];
+      }
+  }
+
+ private:
+  // G' m along one direction.
+  static SAFNET_INLINE void transform_back(const Vector<R> (&m)[4], Vector<R> (&to)[3]) {
+    const Vector<R> half = (m[1] + m[2]) / 2;
+    to[0] = m[0] + half, to[1] = (m[1] - m[2]) / 2, to[2] = half + m[3];
+  }
+
+  template <int D>
+  void add_dilated(const View& input, const View& grad, const Place& place, int64_t group, R* sums) const {
+    pack_winograd<D>(input, tile_, place, group * channels_in_, channels_in_, rows_.data(), packed_.data());
+    transform_input<D>(tile_, packed_.data(), channels_in_, transformed_.data());
+    pack_gradient(grad, place, group * channels_out_);
+    transform_gradient<D>(tile_, packed_.data(), pitch_, grads_.data());
+    const int64_t positions = tile_.row_pairs * tile_.run;
+    for (int64_t at = 0; at < kPlaces; ++at)
+      for (int64_t c = 0, block; c < channels_in_; c += block) {
+        block = block_channels(channels_in_ - c);
+        const int64_t channel = at * channels_in_ + c;
+        const Correlation<R> part{transformed_.data() + channel * tile_.pitch, tile_.pitch,
+                                  grads_.data() + at * positions * pitch_, sums + channel * pitch_, pitch_, positions};
+        switch (block) {
+          case 1:
+            correlate_block<R, 1>(part);
+            break;
+          case 2:
+            correlate_block<R, 2>(part);
+            break;
+          case 3:
+            correlate_block<R, 3>(part);
+            break;
+          case 4:
+            correlate_block<R, 4>(part);
+            break;
+          default:
+            correlate_block<R, kBlock>(part);
+        }
+      }
+  }
+
+  // The gradient of one tile as [row][column][channel], zeros beyond the picture and the channels.
+  void pack_gradient(const View& grad, const Place& place, int64_t first) const {
+    const int64_t row = tile_.columns * pitch_;
+    R* const packed = packed_.data();
+    for (int64_t i = 0; i < 2 * tile_.row_pairs * row; ++i) packed[i] = 0;
+    View to;
+    to.data = packed;
+    to.type = sizeof(R) == 8 ? Type::kFloat64 : Type::kFloat32;
+    to.size[1] = channels_out_;
+    to.stride[1] = 1, to.stride[2] = row, to.stride[3] = pitch_;
+    for (int64_t j = 0; j < place.rows; ++j) {
+      const Span from{place.n, place.y + j * tile_.dilation, place.x, 1, place.columns};
+      load_channels(grad, from, first, channels_out_, rows_.data(), tile_.columns);
+      store_channels(in_order_.data(), channels_out_, to, Span{0, j, 0, 1, place.columns}, 0, 1);
+    }
+  }
+
+  WinogradTile tile_;
+  int64_t channels_in_, channels_out_, pitch_;
+  Scratch<R> rows_, packed_, transformed_, grads_;
+  Scratch<const R*> in_order_;
 };
 
 }  // namespace
