@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -351,18 +351,27 @@ class SimulatedDevice:
             return getattr(torch.ops.safnet_ops_triton, operator)(*arguments)
 
 
-def cost_table(pattern: str) -> str:
-    """The calls of the CUDA kernels' table, but for exact float32 convolutions, whose simulation takes too long."""
+def cost_cases(pattern: str) -> list[Any]:
+    """The cases of the CUDA kernels' table whose name matches."""
     from tools import kernel_costs
 
-    torch.manual_seed(2407)
+    return [case for case in kernel_costs.CASES if re.search(pattern, case.name)]
+
+
+def cost_table(cases: Iterable[Any]) -> str:
+    """What tools/kernel_costs.py writes of CUDA kernels, for the Triton ones."""
+    from tools import kernel_costs
+
     device: Any = SimulatedDevice()
     lines = [f"| {' | '.join(kernel_costs.TITLES)} |", f"|{'---|' * len(kernel_costs.TITLES)}"]
-    makers = (kernel_costs.fuse_cases, kernel_costs.warp_cases, kernel_costs.census_cases, kernel_costs.conv_cases)
-    for case in (case for make in makers for case in make() if re.search(pattern, case.name)):
-        if not re.search("group_conv_shuffle.*float32", case.name):
-            lines.append(kernel_costs.cost_row(case, device))
-            print(lines[-1], file=sys.stderr, flush=True)
+    for case in cases:
+        torch.manual_seed(2407)
+        # As large pictures are: channels are not spread over more programs for the sake of a small one. A case may change
+        # how float32 is multiplied.
+        with mock.patch.object(common, "FILL", 1), _float32_products(torch.backends.cudnn.conv.fp32_precision):
+            found = kernel_costs.cost_rows(case, device)
+        print(*found, sep="\n", file=sys.stderr, flush=True)
+        lines += found
     return "\n".join(lines)
 
 
@@ -379,26 +388,33 @@ Written by `python -m tools.triton_costs`; no GPU was used. How these kernels wo
 ### Modelled cost on an H100, Triton
 
 **Modelled, not measured**: the calls, columns and model of the CUDA kernels' table above, for the PTX that Triton
-{triton.__version__} compiles for sm_80 from each kernel's first configuration. Launches that torch makes around the
-kernels (zeroing of sums, repacking of weights, the last addition of partial sums) are in neither count. Exact float32
-convolutions are left out: their simulation takes too long.
+{triton.__version__} compiles for sm_80 from each kernel's first configuration, launched as for large pictures. Launches that
+torch makes around the kernels (zeroing of sums, packing of weights, the last addition of partial sums) are in neither
+count.
 
 {costs}
 
-Where the two differ: a Triton tile has one width of access and no shared memory that a program could index. So planar
-kernels gather four bytes a lane, where CUDA threads own four pixels and share their address arithmetic (more
-instructions a pixel, the same bytes); the census loss reads grey planes through L1 that the CUDA kernel keeps in shared
-memory, and writes them first (more bytes and more launches); the convolution loads each tap's pixels anew, and its tiles
-are powers of two (48 rows for 40 channels), where the CUDA kernel loads a tile with its halo once. The scattering backward
-kernels are the ones with fewer instructions here: each lane adds its own shares to memory, where CUDA lanes first
-hand theirs to neighbours (more instructions, fewer atomics).
+Why they differ from the CUDA kernels:
+
+- `fused_fuse`, `upsample_fuse`: a Triton tile has one width of access, so a lane reads four bytes and computes the
+  addresses of one pixel, where a CUDA thread owns four pixels and shares them: more instructions, the same bytes.
+  Backward, each lane adds its own shares to memory, where CUDA lanes first hand theirs to neighbours: fewer
+  instructions, more atomics.
+- `backward_warp`: likewise; contiguous pictures cost four addresses for each channel and pixel.
+- `census_loss`: no shared memory that a program could index, so grey planes are written first and read through L1,
+  where the CUDA kernel keeps them in shared memory: more bytes and instructions, and a launch more.
+- `group_conv_shuffle`: each tap's pixels go through shared memory anew, where the CUDA kernel loads a tile with its halo
+  once and shifts it: shared memory binds before the tensor cores do. 40 channels take 48 rows and 48 columns. Reads
+  of contiguous half-precision pictures are two bytes wide, an address each.
+- `group_conv_shuffle` backward (weights): each of the nine taps is a program of its own and reads both pictures again,
+  where a CUDA warp keeps the sums of all nine.
 
 ### Registers, Triton
 
 Registers a thread, from the machine code of Triton's own ptxas; in brackets with 64-bit offsets, compiled for float32 in
 the first configuration. Of bfloat16, float64, convolutions and unusual calls there is the first configuration only
-(`pytest -m slow tests/triton` compiles all of them). A row that says
-"any" layout is one kernel for both: only its strides differ. {registers}
+(`pytest -m slow tests/triton` compiles all of them). A row that says "any" layout is one kernel for both: only its
+strides differ. {registers}
 {MARKS[1]}
 """
 
@@ -471,11 +487,11 @@ def main() -> None:
     if options.registers:
         print(register_table(register_rows(options.only)))
     if options.modelled:
-        print(cost_table(options.only))
+        print(cost_table(cost_cases(options.only)))
     if options.overhead:
         print_overhead()
     if not (options.registers or options.modelled or options.overhead):
-        write_section(section(register_table(register_rows(options.only)), cost_table(options.only)))
+        write_section(section(register_table(register_rows(options.only)), cost_table(cost_cases(options.only))))
 
 
 if __name__ == "__main__":

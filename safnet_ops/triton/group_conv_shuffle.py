@@ -35,35 +35,67 @@ from safnet_ops.triton.common import (
     with_strides,
 )
 
-# Tensor cores: 64 or 128 pixels against 48 to 128 rows keep an accumulator of at most 64 registers a thread.
+# Tensor cores: a warp multiplies 32 pixels by the weights it reads, or 16 where there are too few programs. Two stages keep
+# more programs on a multiprocessor, three bring more data ahead.
 TENSOR_CORE = [
-    triton.Config({"BLOCK_P": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_P": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3),
-    triton.Config({"BLOCK_P": 128, "BLOCK_K": 16}, num_warps=8, num_stages=4),  # 40 channels: 48 instead of 64
+    triton.Config({"BLOCK_P": 128}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_P": 128}, num_warps=4, num_stages=3),
+    triton.Config({"BLOCK_P": 64}, num_warps=4, num_stages=3),
 ]
 # Exact float32 and float64 multiply on the ordinary units, whose operands all sit in registers.
 EXACT = [
-    triton.Config({"BLOCK_P": 64, "BLOCK_K": 16}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_P": 32, "BLOCK_K": 16}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_P": 64}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_P": 32}, num_warps=4, num_stages=2),
 ]
+PATCH_X = tl.constexpr(32)  # columns of the patch of pixels that a program of the convolution computes
 REDUCED = 1024  # pixels of one channel block that a program of the activation's backward sums
-CHUNK = 32  # pixels in one step of the weight gradient
+CHUNK = 32  # pixels, all of one row, in a step of the weight gradient
 
 
 @triton.jit
-def _load_weight(weight, tap, rows, m, k, depth, groups, group, VECTOR: tl.constexpr):
-    """A block (rows of the group, depth) of one tap's weights, which are dense along the depth."""
-    at = ((tap * groups + group) * rows + m)[:, None] * depth + k[None, :]
-    mask = (m < rows)[:, None] & (k < depth // VECTOR * VECTOR)[None, :]
-    return tl.load(vectors(weight, at, VECTOR), mask=mask, other=0.0)
+def _is_below(position, size):
+    """0 <= position < size: negative numbers are large unsigned ones."""
+    return position.to(tl.uint32) < size.to(tl.uint32)
 
 
 @triton.jit
-def _multiply(weights, pixels, sums, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def _multiply(weights, pixels, sums, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr):
     if CHANNELS_LAST:
-        return tl.dot(pixels, tl.trans(weights), sums, input_precision=PRECISION, out_dtype=ACC)
+        return tl.dot(pixels, tl.trans(weights), sums, input_precision=PRECISION, out_dtype=sums.dtype)
     else:
-        return tl.dot(weights, pixels, sums, input_precision=PRECISION, out_dtype=ACC)
+        return tl.dot(weights, pixels, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def _add_products(
+    sums,
+    rest_sums,
+    pixels,
+    weights,
+    m,
+    rest,
+    k,
+    stored_depth,
+    REST_M: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multiply a block of pixels by one tap's weights, which are stored densely and filled up to whole tiles."""
+    VECTOR: tl.constexpr = 128 // weights.dtype.element_ty.primitive_bitwidth
+    tile = tl.load(vectors(weights, m[:, None] * stored_depth + k[None, :], VECTOR))
+    sums = _multiply(tile, pixels, sums, CHANNELS_LAST, PRECISION)
+    if REST_M > 0:
+        tile = tl.load(vectors(weights, rest[:, None] * stored_depth + k[None, :], VECTOR))
+        rest_sums = _multiply(tile, pixels, rest_sums, CHANNELS_LAST, PRECISION)
+    return sums, rest_sums
+
+
+@triton.jit
+def _load_pixels(base, at, k, inside, depth, channel_stride, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Channels k of the pixels at offsets `at`, 0 where not inside."""
+    mask = over_channels(inside, CHANNELS_LAST) & over_pixels(k < depth // VECTOR * VECTOR, CHANNELS_LAST)
+    channels = over_pixels(k.to(at.dtype) * channel_stride, CHANNELS_LAST)
+    return tl.load(vectors(base, over_channels(at, CHANNELS_LAST) + channels, VECTOR), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -85,28 +117,50 @@ def _finish(
     preactivation_strides,
     out,
     out_strides,
-    TRANSPOSED: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Add bias and residual, keep the result if asked, apply PReLU, and store in shuffled order."""
+    ACC: tl.constexpr = sums.dtype
     y, x = over_channels(y.to(n.dtype), CHANNELS_LAST), over_channels(x.to(n.dtype), CHANNELS_LAST)
     c = group * rows + m
-    mask = over_channels(valid, CHANNELS_LAST) & over_pixels(m < rows, CHANNELS_LAST)
+    used = m < rows // VECTOR * VECTOR
+    mask = over_channels(valid, CHANNELS_LAST) & over_pixels(used, CHANNELS_LAST)
     tile_c = over_pixels(c, CHANNELS_LAST).to(n.dtype)
     if bias is not None:
-        sums += over_pixels(tl.load(bias + c, mask=m < rows, other=0.0).to(ACC), CHANNELS_LAST)
+        sums += over_pixels(tl.load(bias + c, mask=used, other=0.0).to(ACC), CHANNELS_LAST)
     if residual is not None:
-        sums += tl.load(residual + offset(n, tile_c, y, x, residual_strides), mask=mask, other=0.0).to(ACC)
+        at = _offsets(n, tile_c, y, x, residual_strides)
+        sums += tl.load(vectors(residual, at, VECTOR), mask=mask, other=0.0).to(ACC)
     if preactivation is not None:
-        kind: tl.constexpr = preactivation.dtype.element_ty
-        tl.store(preactivation + offset(n, tile_c, y, x, preactivation_strides), sums.to(kind), mask=mask)
+        at = _offsets(n, tile_c, y, x, preactivation_strides)
+        tl.store(vectors(preactivation, at, VECTOR), sums.to(preactivation.dtype.element_ty), mask=mask)
     if prelu is not None:
-        slope = over_pixels(tl.load(prelu + c, mask=m < rows, other=0.0).to(ACC), CHANNELS_LAST)
+        slope = over_pixels(tl.load(prelu + c, mask=used, other=0.0).to(ACC), CHANNELS_LAST)
         sums = tl.where(sums > 0, sums, slope * sums)
-    if not TRANSPOSED:
+    value = sums.to(out.dtype.element_ty)
+    if SHUFFLED:
         tile_c = over_pixels(m * groups + group, CHANNELS_LAST).to(n.dtype)
-    tl.store(out + offset(n, tile_c, y, x, out_strides), sums.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + _offsets(n, tile_c, y, x, out_strides), value, mask=mask)
+    else:
+        tl.store(vectors(out, _offsets(n, tile_c, y, x, out_strides), VECTOR), value, mask=mask)
+
+
+@triton.jit
+def _offsets(n, c, y, x, strides):
+    """`offset` of a tile, with one addition an element."""
+    return (n * stride(strides, 0) + y * stride(strides, 2) + x * stride(strides, 3)) + c * stride(strides, 1)
+
+
+@triton.jit
+def _patch(program, height, width, BLOCK_P: tl.constexpr):
+    """(n, y, x) of a program's pixels: rows of 32, so that taps share what they read and no lane has to divide."""
+    PATCH_Y: tl.constexpr = BLOCK_P // PATCH_X
+    across = tl.cdiv(width, PATCH_X)
+    patches = tl.cdiv(height, PATCH_Y) * across
+    patch, p = program % patches, tl.arange(0, BLOCK_P)
+    return program // patches, patch // across * PATCH_Y + p // PATCH_X, patch % across * PATCH_X + p % PATCH_X
 
 
 @jit
@@ -132,63 +186,95 @@ def _convolve(
     step,
     dilation,
     scale_class,
-    TRANSPOSED: tl.constexpr,
+    SHUFFLED: tl.constexpr,
+    SPREAD: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     SOURCE_VECTOR: tl.constexpr,
-    WEIGHT_VECTOR: tl.constexpr,
+    OUT_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     REST_M: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    REST_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """`rows` output and `depth` input channels a group; `step` is the convolution's stride. Groups run fastest
-    through the grid, so that the lines of memory that a shuffle shares among them meet in L2."""
-    row_blocks = tl.cdiv(rows, BLOCK_M + REST_M)
+    """`rows` output and `depth` input channels a group; `step` is the convolution's stride, or where the source is SPREAD
+    over the result, the transposed convolution's. Groups run fastest through the grid, so that the lines of memory
+    that a shuffle shares among them meet in L2."""
+    TILE_M: tl.constexpr = BLOCK_M + REST_M
+    TILE_K: tl.constexpr = BLOCK_K + REST_K
+    row_blocks = tl.cdiv(rows, TILE_M)
     part = tl.program_id(0) % (groups * row_blocks)
-    group, first_row = part % groups, part // groups * (BLOCK_M + REST_M)
-    n, y, x, valid = pixel_block(tl.program_id(0) // (groups * row_blocks), height, width, BLOCK_P, WIDE)
-    m = first_row + tl.arange(0, BLOCK_M)
+    group, first_row = part % groups, part // groups * TILE_M
+    n, y, x = _patch(tl.program_id(0) // (groups * row_blocks), height, width, BLOCK_P)
+    n, valid = n.to(tl.int64 if WIDE else tl.int32), (y < height) & (x < width)
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     sums = tl.zeros([BLOCK_P, BLOCK_M] if CHANNELS_LAST else [BLOCK_M, BLOCK_P], ACC)
+    rest = BLOCK_M + tl.arange(0, REST_M if REST_M > 0 else 1)
+    rest_k = BLOCK_K + tl.arange(0, REST_K if REST_K > 0 else 1)
+    rest_sums = sums
     if REST_M > 0:
-        rest = first_row + BLOCK_M + tl.arange(0, REST_M)
         rest_sums = tl.zeros([BLOCK_P, REST_M] if CHANNELS_LAST else [REST_M, BLOCK_P], ACC)
-    base = source + n * stride(source_strides, 0) + group.to(n.dtype) * depth * stride(source_strides, 1)
-    depth_blocks = tl.cdiv(depth, BLOCK_K)
-    row, column = y.to(tl.int32), x.to(tl.int32)  # only offsets ever need 64 bits
-    for turn in range(0, 9 * depth_blocks):
-        tap = turn // depth_blocks
-        k = turn % depth_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        if TRANSPOSED:
-            # The outputs that read pixel (y, x) through this tap: those at whole multiples of the stride.
-            far_y, far_x = row + (1 - tap // 3) * dilation, column + (1 - tap % 3) * dilation
-            from_y, from_x = far_y // step, far_x // step
-            inside = valid & (far_y >= 0) & (far_x >= 0) & (far_y % step == 0) & (far_x % step == 0)
+    channel_stride, row_stride, column_stride = (
+        stride(source_strides, 1),
+        stride(source_strides, 2),
+        stride(source_strides, 3),
+    )
+    base = source + n * stride(source_strides, 0) + group.to(n.dtype) * depth * channel_stride
+    depth_blocks = tl.cdiv(depth, TILE_K)
+    stored_depth = depth_blocks * TILE_K
+    weight += (group * row_blocks * TILE_M + first_row) * stored_depth
+    near_y, near_x = y, x
+    if not SPREAD:
+        near_y, near_x = y * step, x * step
+    near = near_y.to(n.dtype) * row_stride + near_x.to(n.dtype) * column_stride
+    near_y = tl.where(valid, near_y, -(1 << 30))  # outside whatever the tap
+    tap_y, tap_x, first_k = -1, -1, 0
+    for _ in range(9 * depth_blocks):
+        from_y, from_x = near_y + tap_y * dilation, near_x + tap_x * dilation
+        if SPREAD:
+            inside = (from_y >= 0) & (from_x >= 0) & (from_y % step == 0) & (from_x % step == 0)
+            from_y, from_x = from_y // step, from_x // step
+            inside = inside & (from_y < source_height) & (from_x < source_width)
+            at = from_y.to(n.dtype) * row_stride + from_x.to(n.dtype) * column_stride
         else:
-            from_y, from_x = row * step + (tap // 3 - 1) * dilation, column * step + (tap % 3 - 1) * dilation
-            inside = valid & (from_y >= 0) & (from_x >= 0)
-        inside = inside & (from_y < source_height) & (from_x < source_width)
-        pixel = from_y.to(n.dtype) * stride(source_strides, 2) + from_x.to(n.dtype) * stride(source_strides, 3)
-        at = over_channels(pixel, CHANNELS_LAST) + over_pixels(k.to(n.dtype) * stride(source_strides, 1), CHANNELS_LAST)
-        mask = over_channels(inside, CHANNELS_LAST) & over_pixels(
-            k < depth // SOURCE_VECTOR * SOURCE_VECTOR, CHANNELS_LAST
+            inside = _is_below(from_y, source_height) & _is_below(from_x, source_width)
+            at = near
+            shift = (tap_y * row_stride.to(n.dtype) + tap_x * column_stride) * dilation
+        first = base + first_k * channel_stride.to(n.dtype)
+        if not SPREAD:
+            first += shift
+        left = depth - first_k
+        pixels = _load_pixels(first, at, k, inside, left, channel_stride, SOURCE_VECTOR, CHANNELS_LAST)
+        sums, rest_sums = _add_products(
+            sums, rest_sums, pixels, weight, m, rest, k, stored_depth, REST_M, CHANNELS_LAST, PRECISION
         )
-        pixels = tl.load(vectors(base, at, SOURCE_VECTOR), mask=mask, other=0.0)
-        weights = _load_weight(weight, tap, rows, m, k, depth, groups, group, WEIGHT_VECTOR)
-        sums = _multiply(weights, pixels, sums, CHANNELS_LAST, ACC, PRECISION)
-        if REST_M > 0:
-            weights = _load_weight(weight, tap, rows, rest, k, depth, groups, group, WEIGHT_VECTOR)
-            rest_sums = _multiply(weights, pixels, rest_sums, CHANNELS_LAST, ACC, PRECISION)
+        if REST_K > 0:
+            pixels = _load_pixels(first, at, rest_k, inside, left, channel_stride, SOURCE_VECTOR, CHANNELS_LAST)
+            sums, rest_sums = _add_products(
+                sums, rest_sums, pixels, weight, m, rest, rest_k, stored_depth, REST_M, CHANNELS_LAST, PRECISION
+            )
+        # The next block of channels; after the last, the next tap.
+        first_k += TILE_K
+        weight += TILE_K
+        ends_tap = first_k >= depth
+        first_k = tl.where(ends_tap, 0, first_k)
+        weight += tl.where(ends_tap, (groups * row_blocks * TILE_M - 1) * stored_depth, 0)
+        tap_x += tl.where(ends_tap, 1, 0)
+        ends_row = tap_x > 1
+        tap_x = tl.where(ends_row, -1, tap_x)
+        tap_y += tl.where(ends_row, 1, 0)
     _finish(
-        *(sums, m, n, row, column, valid, rows, groups, group, bias, prelu, residual, residual_strides),
-        *(preactivation, preactivation_strides, out, out_strides, TRANSPOSED, CHANNELS_LAST, ACC),
+        *(sums, first_row + m, n, y, x, valid, rows, groups, group, bias, prelu, residual, residual_strides),
+        *(preactivation, preactivation_strides, out, out_strides, SHUFFLED, CHANNELS_LAST, OUT_VECTOR),
     )
     if REST_M > 0:
         _finish(
-            *(rest_sums, rest, n, row, column, valid, rows, groups, group, bias, prelu, residual, residual_strides),
-            *(preactivation, preactivation_strides, out, out_strides, TRANSPOSED, CHANNELS_LAST, ACC),
+            *(rest_sums, first_row + rest, n, y, x, valid, rows, groups, group, bias, prelu),
+            *(residual, residual_strides, preactivation, preactivation_strides, out, out_strides),
+            *(SHUFFLED, CHANNELS_LAST, OUT_VECTOR),
         )
 
 
@@ -238,14 +324,13 @@ def _activation_backward(
 
 
 @triton.jit
-def _walk(n, y, x, steps, height, width):
-    """(n, y, x) of the pixel `steps` further on, in the order of rows and pictures; all divisions are 32 bits wide."""
-    pixels = height.to(n.dtype) * width
-    beyond = steps - tl.minimum(pixels - (y * width + x), 1 << 30).to(tl.int32)  # of this picture's last pixel
-    whole = tl.minimum(pixels, 1 << 30).to(tl.int32)
-    along = tl.where(beyond >= 0, beyond % whole, x.to(tl.int32) + steps)
-    n += tl.where(beyond >= 0, beyond // whole + 1, 0)
-    return n, tl.where(beyond >= 0, 0, y) + along // width, (along % width).to(n.dtype)
+def _load_piece(picture, strides, at, c, inside, number, numbers, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Channels c of pixels in one row, 0 where not inside or from the `numbers`-th channel of the group on."""
+    n, y, x = at
+    row = picture + (n * stride(strides, 0) + y * stride(strides, 2))
+    mask = over_channels(inside, CHANNELS_LAST) & over_pixels(number < numbers // VECTOR * VECTOR, CHANNELS_LAST)
+    tile = over_channels(x * stride(strides, 3), CHANNELS_LAST) + over_pixels(c * stride(strides, 1), CHANNELS_LAST)
+    return tl.load(vectors(row, tile, VECTOR), mask=mask, other=0.0)
 
 
 @jit
@@ -270,11 +355,14 @@ def _weight_backward(
     WIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOURCE_VECTOR: tl.constexpr,
+    GRAD_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tap's (rows, depth) weights of a group, summed over the program_id(1)-th run of `run` pixels of the batch."""
+    """One tap's (rows, depth) weights of a group, summed over the program_id(1)-th run of `run` pieces of rows, BLOCK_K
+    pixels each."""
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     part = tl.program_id(0)
     tap, part = part % 9, part // 9
@@ -282,38 +370,38 @@ def _weight_backward(
     depth_blocks = tl.cdiv(depth, BLOCK_N)
     m = part // depth_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     k = part % depth_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    out_c, in_c = (group * rows + m).to(INDEX), (group * depth + k).to(INDEX)
+    grad_c, source_c = (group * rows + m).to(INDEX), (group * depth + k).to(INDEX)
     sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    pixels = height.to(INDEX) * width
-    first = tl.program_id(1).to(INDEX) * run
-    at_n, at_y, at_x = first // pixels, first % pixels // width, first % width
-    for start in range(first, tl.minimum(first + run, batch * pixels), BLOCK_K):
-        q = start + tl.arange(0, BLOCK_K)
-        valid = q < batch * pixels
-        if WIDE:
-            n, y, x = _walk(at_n, at_y, at_x, tl.arange(0, BLOCK_K), height, width)
-            at_n, at_y, at_x = _walk(at_n, at_y, at_x, BLOCK_K, height, width)
-        else:
-            n, y, x = q // pixels, q % pixels // width, q % width
-        from_y, from_x = y * step + (tap // 3 - 1) * dilation, x * step + (tap % 3 - 1) * dilation
-        inside = valid & (from_y >= 0) & (from_x >= 0) & (from_y < source_height) & (from_x < source_width)
+    pieces = tl.cdiv(width, BLOCK_K)
+    first = tl.program_id(1) * run
+    piece, y, n = first % pieces, first // pieces % height, first // pieces // height
+    p = tl.arange(0, BLOCK_K)
+    move_y, move_x = (tap // 3 - 1) * dilation, (tap % 3 - 1) * dilation
+    for _ in range(first, tl.minimum(first + run, batch * height * pieces)):
+        x = piece * BLOCK_K + p
+        from_y, from_x = y * step + move_y, x * step + move_x
+        inside = _is_below(from_y, source_height) & _is_below(from_x, source_width) & (x < width)
+        at = (n.to(INDEX), y.to(INDEX), x.to(INDEX))
+        g = _load_piece(inner_grad, inner_grad_strides, at, grad_c, x < width, m, rows, GRAD_VECTOR, CHANNELS_LAST)
+        at = (n.to(INDEX), from_y.to(INDEX), from_x.to(INDEX))
+        values = _load_piece(source, source_strides, at, source_c, inside, k, depth, SOURCE_VECTOR, CHANNELS_LAST)
         if CHANNELS_LAST:
-            at = offset(n[:, None], out_c[None, :], y[:, None], x[:, None], inner_grad_strides)
-            g = tl.trans(tl.load(inner_grad + at, mask=valid[:, None] & (m < rows)[None, :], other=0.0))
-            at = offset(n[:, None], in_c[None, :], from_y[:, None], from_x[:, None], source_strides)
-            values = tl.load(source + at, mask=inside[:, None] & (k < depth)[None, :], other=0.0)
+            g = tl.trans(g)
         else:
-            at = offset(n[None, :], out_c[:, None], y[None, :], x[None, :], inner_grad_strides)
-            g = tl.load(inner_grad + at, mask=valid[None, :] & (m < rows)[:, None], other=0.0)
-            at = offset(n[None, :], in_c[:, None], from_y[None, :], from_x[None, :], source_strides)
-            values = tl.trans(tl.load(source + at, mask=inside[None, :] & (k < depth)[:, None], other=0.0))
+            values = tl.trans(values)
         sums = tl.dot(g, values, sums, input_precision=PRECISION, out_dtype=ACC)
+        piece += 1
+        ends_row = piece == pieces
+        piece = tl.where(ends_row, 0, piece)
+        y += tl.where(ends_row, 1, 0)
+        n += tl.where(y == height, 1, 0)
+        y = tl.where(y == height, 0, y)
     # Each run owns a slice laid out like the weight itself.
-    at = tl.program_id(1).to(INDEX) * (groups * rows * depth * 9) + (out_c[:, None] * depth + k[None, :]) * 9 + tap
+    at = tl.program_id(1).to(INDEX) * (groups * rows * depth * 9) + (grad_c[:, None] * depth + k[None, :]) * 9 + tap
     tl.store(weight_sums + at, sums, mask=(m < rows)[:, None] & (k < depth)[None, :])
 
 
-_KEY = ["scale_class", "CHANNELS_LAST", "BLOCK_M", "REST_M", "TRANSPOSED"]
+_KEY = ["scale_class", "CHANNELS_LAST", "BLOCK_M", "REST_M", "BLOCK_K", "REST_K", "SHUFFLED", "SPREAD"]
 _tuned_convolve = {exact: triton.autotune(EXACT if exact else TENSOR_CORE, _KEY)(_convolve) for exact in (False, True)}
 
 
@@ -336,6 +424,13 @@ def row_tiles(rows: int, largest: int) -> tuple[int, int]:
     return (half, rest) if rest < half else (whole, 0)
 
 
+def depth_tiles(depth: int, largest: int) -> tuple[int, int]:
+    """(channels of a step, channels of a second part of it or 0): at most `largest`, whichever fill least with zeros,
+    and of these the most."""
+    pairs = [(64, 16), (64, 0), (32, 16), (32, 0), (16, 0)]
+    return min((p for p in pairs if sum(p) <= largest), key=lambda p: triton.cdiv(depth, sum(p)) * sum(p))
+
+
 def group_conv_shuffle(
     input: Tensor,
     weight: Tensor,
@@ -352,9 +447,8 @@ def group_conv_shuffle(
     preactivation = torch.empty_like(out) if save_preactivation else input.new_empty(0)
     if out.numel() > 0:
         saved = preactivation if save_preactivation else None
-        packed = weight.permute(2, 3, 0, 1).contiguous()
         epilogue = (_dense(bias), _dense(prelu_weight), residual, saved)
-        _run_convolution(input, packed, epilogue, out, (groups, stride, dilation), transposed=False)
+        _run_convolution(input, weight, epilogue, out, (groups, stride, dilation), transposed=False)
     return out, preactivation
 
 
@@ -374,23 +468,26 @@ def group_conv_shuffle_backward(
     input_grad = empty_gradient(input, need_input)
     if grad.numel() == 0 or input.numel() == 0:
         return _nothing_flows(grad, input_grad, weight, needs)
+    # Without PReLU and shuffle the gradient arrives as it is needed (but an operator must not return its argument).
+    passes = prelu_weight is None and groups == 1 and not need_residual
+    passes = passes and is_channels_last(grad) == is_channels_last(input)
     inner_grad, bias_grad, prelu_grad = _undo_activation(
         grad,
         preactivation,
         input,
         prelu_weight,
         groups,
-        inner=need_input or need_weight or need_residual,
+        inner=not passes and (need_input or need_weight or need_residual),
         bias=need_bias,
         prelu=need_prelu,
     )
+    if passes:
+        inner_grad = grad
     weight_grad = weight.new_empty(0)
     if need_weight:
         weight_grad = _weight_gradient(inner_grad, input, weight, groups, stride, dilation)
     if need_input:
-        rows, depth = weight.shape[0] // groups, weight.shape[1]
-        packed = weight.view(groups, rows, depth, 3, 3).permute(3, 4, 0, 2, 1).contiguous()
-        _run_convolution(inner_grad, packed, (None,) * 4, input_grad, (groups, stride, dilation), transposed=True)
+        _run_convolution(inner_grad, weight, (None,) * 4, input_grad, (groups, stride, dilation), transposed=True)
     return input_grad, weight_grad, bias_grad, prelu_grad, inner_grad if need_residual else grad.new_empty(0)
 
 
@@ -401,42 +498,62 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 def _run_convolution(
     source: Tensor,
-    packed: Tensor,
+    weight: Tensor,
     epilogue: tuple[Tensor | None, ...],
     out: Tensor,
     geometry: tuple[int, int, int],
     *,
     transposed: bool,
 ) -> None:
-    """Launch `_convolve`; `packed` holds (3, 3, groups * rows, depth) in whatever shape, `epilogue` bias to
-    pre-activation."""
+    """Launch `_convolve`; `epilogue` holds bias, slopes, residual and where the pre-activation goes."""
     groups, step, dilation = geometry
     n, channels, height, width = out.shape
     rows, depth = channels // groups, source.shape[1] // groups
     bias, prelu, residual, preactivation = epilogue
     exact = is_exact(source)
     block_m, rest_m = row_tiles(rows, 32 if exact else 128)
-    parts = groups * triton.cdiv(rows, block_m + rest_m)
     channels_last = is_channels_last(source) and is_channels_last(out)
-    dense = depth * packed.element_size() % 16 == 0
+    # Reads of 16 bytes bring more channels in fewer registers than reads of single numbers.
+    most = 16 if exact else 80 if channels_last and source.element_size() == 2 else 32
+    block_k, rest_k = depth_tiles(depth, most)
+    stored = [t for t in (residual, preactivation, out) if t is not None]
+    vector = vector_length(stored) if channels_last else 1
     launch(
         "group_conv_shuffle",
         out.device,
         _tuned_convolve[exact],
-        lambda meta: (parts * n * triton.cdiv(height * width, meta["BLOCK_P"]),),
-        *(source, strides(source), packed, bias, prelu),
+        lambda meta: (groups * triton.cdiv(rows, block_m + rest_m) * n * _patches(height, width, meta["BLOCK_P"]),),
+        *(source, strides(source), _pack(weight, groups, block_m + rest_m, block_k + rest_k, transposed), bias, prelu),
         *with_strides(residual, preactivation, out),
-        *(groups, rows, depth, height, width, *source.shape[2:], step, dilation, size_class(n * height * width)),
-        TRANSPOSED=transposed,
+        *(groups, rows, depth, height, width, *source.shape[2:], step, -dilation if transposed else dilation),
+        size_class(n * height * width),
+        SHUFFLED=groups > 1 and not transposed,
+        SPREAD=transposed and step > 1,
         ACC=accumulator(source),
         WIDE=needs_wide(source, out, residual),
         CHANNELS_LAST=channels_last,
         PRECISION="ieee" if exact else "tf32",
-        SOURCE_VECTOR=vector_length((source,)) if channels_last and dense else 1,
-        WEIGHT_VECTOR=16 // packed.element_size() if dense else 1,
+        SOURCE_VECTOR=_group_vector(source, depth) if channels_last else 1,
+        OUT_VECTOR=vector if rows % vector == 0 else 1,
         BLOCK_M=block_m,
         REST_M=rest_m,
+        BLOCK_K=block_k,
+        REST_K=rest_k,
     )
+
+
+def _patches(height: int, width: int, block_p: int) -> int:
+    return triton.cdiv(height, block_p // PATCH_X.value) * triton.cdiv(width, PATCH_X.value)
+
+
+def _pack(weight: Tensor, groups: int, tile_m: int, tile_k: int, transposed: bool) -> Tensor:
+    """(9, groups, rows, depth), rows and depth filled up with zeros to whole tiles, so that no read needs a mask."""
+    parts = weight.view(groups, weight.shape[0] // groups, weight.shape[1], 9)
+    order = parts.permute(3, 0, 2, 1) if transposed else parts.permute(3, 0, 1, 2)
+    rows, depth = order.shape[2:]
+    packed = weight.new_zeros(9, groups, triton.cdiv(rows, tile_m) * tile_m, triton.cdiv(depth, tile_k) * tile_k)
+    packed[:, :, :rows, :depth] = order
+    return packed
 
 
 def _undo_activation(
@@ -452,6 +569,8 @@ def _undo_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the convolution's own output (also the residual's), of bias and of the slopes; empty where not
     wanted."""
+    if not (inner or bias or prelu):
+        return grad.new_empty(0), grad.new_empty(0), grad.new_empty(0)
     n, channels, height, width = grad.shape
     channels_last = is_channels_last(input) and channels > 1
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
@@ -483,21 +602,28 @@ def _undo_activation(
     )
 
 
+def _group_vector(tensor: Tensor, channels: int) -> int:
+    """`vector_length` where every group of channels begins at a whole vector, else 1."""
+    length = vector_length((tensor,))
+    return length if channels % length == 0 else 1
+
+
 def _weight_gradient(
     inner_grad: Tensor, input: Tensor, weight: Tensor, groups: int, step: int, dilation: int
 ) -> Tensor:
     batch, channels, height, width = inner_grad.shape
     rows, depth = channels // groups, weight.shape[1]
-    exact = is_exact(input)
+    exact, channels_last = is_exact(input), is_channels_last(input)
     # Exact products keep both operands in registers: 32 x 32 of them spilled on sm_100.
     largest = (32, 16) if exact else (64, 64)
     block_m, block_n = (
         max(16, min(triton.next_power_of_2(size), most)) for size, most in zip((rows, depth), largest, strict=True)
     )
     parts = 9 * groups * triton.cdiv(rows, block_m) * triton.cdiv(depth, block_n)
-    pixels = batch * height * width
-    run = triton.cdiv(triton.cdiv(pixels, max(1, FILL // parts)), CHUNK) * CHUNK
-    runs = triton.cdiv(pixels, run)
+    pixels_at_once = CHUNK // 2 if exact else CHUNK
+    pieces = batch * height * triton.cdiv(width, pixels_at_once)
+    run = triton.cdiv(pieces, max(1, FILL // parts))
+    runs = triton.cdiv(pieces, run)
     kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
     sums = torch.empty((runs, *weight.shape), dtype=kind, device=weight.device)
     launch(
@@ -509,11 +635,14 @@ def _weight_gradient(
         *(groups, rows, depth, batch, height, width, *input.shape[2:], step, dilation, run),
         ACC=accumulator(input),
         WIDE=needs_wide(input, inner_grad, sums),
-        CHANNELS_LAST=is_channels_last(input),
+        CHANNELS_LAST=channels_last,
         PRECISION="ieee" if exact else "tf32",
+        SOURCE_VECTOR=_group_vector(input, depth) if channels_last else 1,
+        GRAD_VECTOR=_group_vector(inner_grad, rows) if channels_last else 1,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_K=CHUNK if not exact else CHUNK // 2,
+        BLOCK_K=pixels_at_once,
+        num_stages=2,  # a third made ptxas spill
     )
     return sums.sum(0).to(weight.dtype)
 

@@ -78,6 +78,27 @@ def test_channel_counts_that_fill_no_tile(groups, channels):
     check(make((4, 5), channels, groups), 1e-5, groups, needed=(False, False, False, False, True))
 
 
+@pytest.mark.parametrize("depth", [40, 80, 150])
+def test_depths_of_two_parts_and_two_steps(depth):
+    """32 + 16 and 64 + 16 channels in a step; 150 take two steps a tap, the last of them not full."""
+    inputs = make((4, 5), (depth, 5), 1, dtype=torch.float16)[:2]
+    inputs[0] = channels_last(inputs[0])
+    check(inputs, TOLERANCE[torch.float16], 1)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_backward_with_nothing_to_undo(layout):
+    """One group, no PReLU, no residual: the incoming gradient is read as it is, whatever its layout."""
+    inputs = make(channels=(5, 7), groups=1)[:3]
+    check([layout(inputs[0]), *inputs[1:]], 1e-5, 1)
+    leaves = [x.clone().requires_grad_() for x in (layout(inputs[0]), *inputs[1:])]
+    call(safnet_ops.group_conv_shuffle, 1, backend="triton")(*leaves).sum().backward()  # a gradient of strides 0
+    expected = [x.detach().double().requires_grad_() for x in leaves]
+    call(reference.group_conv_shuffle, 1)(*expected).sum().backward()
+    for leaf, other in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("present", [2, 3, 4])
 def test_without_residual_activation_and_bias(present):
     check(make()[:present], 1e-5)
