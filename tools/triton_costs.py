@@ -400,12 +400,14 @@ Why they differ from the CUDA kernels:
   addresses of one pixel, where a CUDA thread owns four pixels and shares them: more instructions, the same bytes.
   Backward, each lane adds its own shares to memory, where CUDA lanes first hand theirs to neighbours: fewer
   instructions, more atomics.
-- `backward_warp`: likewise; contiguous pictures cost four addresses for each channel and pixel.
+- `backward_warp`: likewise where pictures are contiguous; of channels_last ones both read 16 bytes a lane. What the
+  deterministic gradients take before and after their scatter, torch launches here, outside the count.
 - `census_loss`: no shared memory that a program could index, so grey planes are written first and read through L1,
-  where the CUDA kernel keeps them in shared memory: more bytes and instructions, and a launch more.
+  where the CUDA kernel keeps them in shared memory: more bytes and more instructions.
 - `group_conv_shuffle`: each tap's pixels go through shared memory anew, where the CUDA kernel loads a tile with its halo
   once and shifts it: shared memory binds before the tensor cores do. 40 channels take 48 rows and 48 columns. Reads
-  of contiguous half-precision pictures are two bytes wide, an address each.
+  of contiguous half-precision pictures are two bytes wide, an address each. Exact float32 products read both factors from
+  shared memory with bank conflicts, which no layout can be asked for to avoid: they cost ten times the CUDA kernel's.
 - `group_conv_shuffle` backward (weights): each of the nine taps is a program of its own and reads both pictures again,
   where a CUDA warp keeps the sums of all nine.
 
