@@ -135,9 +135,10 @@ def tuners() -> list[Any]:
 
 
 def forget_tuning() -> None:
-    """Empty the autotuners' caches, so that every configuration is compiled again."""
+    """Empty the autotuners' caches, so that every configuration is compiled again; and forget the driver's benchmarker."""
     for tuner in tuners():
         tuner.cache.clear()
+        tuner.__dict__.pop("do_bench", None)
 
 
 def compile_for(kernel: Kernel, architecture: int) -> Resources:
