@@ -34,9 +34,7 @@ PyTorch's own operators (`bench/baselines.py`: grid_sample, a one-hot convolutio
 reference itself, as it is for convolutions. *forward* is inference, *both* a forward that keeps what a backward needs, and the
 backward. fused_fuse's gradients are those of flows and masks, as training needs them, census_loss's that of the prediction,
 the others' those of all inputs. *extra* is peak resident memory beyond inputs and results, true to about 0.1 MB. What allocates
-much is as fast as the system hands out memory, which varies from run to run on a virtual machine: the reference's census
-at 512x512 took 270 to 950 ms, its grouped convolution 72 to 92; the C++ kernels, which allocate little, stayed within a
-quarter.
+much, as the reference does, is as fast as the system hands out memory: on a virtual machine, ratios to it vary from run to run.
 """
 OPERATORS_HEAD = """\
 ## Operators

@@ -3,7 +3,7 @@
 //
 // Y = A'[(G g G') . (B' d B)]A for 4x4 inputs d, 3x3 weights g and 2x2 outputs Y (Lavin and Gray, "Fast Algorithms for
 // Convolutional Neural Networks", 2016, section 4.1). The products, summed over the channels, are one matrix product for
-// each of the 16 places, on the register-blocked loop of convolution.h. An input enters the outputs that read it by
+// each of the 16 places, by register-blocked loops. An input enters the outputs that read it by
 // definition and no others, so that NaN stays where it belongs. With dilation, outputs `dilation` apart form the 2x2.
 #pragma once
 
