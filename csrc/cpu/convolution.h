@@ -129,19 +129,25 @@ __attribute__((noinline)) void multiply_add(const Strip<R>& s, int vectors) {
     multiply_add<R, M, 1>(s);
 }
 
-template <class R>
-SAFNET_INLINE void multiply_add(const Strip<R>& s, int64_t block, int vectors) {
+// Calls act(size) with the size of a block as a constant: a number that is part of its type.
+template <int Number>
+struct Constant {
+  static constexpr int value = Number;
+};
+
+template <class Act>
+SAFNET_INLINE void with_block(int64_t block, const Act& act) {
   switch (block) {
     case 1:
-      return multiply_add<R, 1>(s, vectors);
+      return act(Constant<1>{});
     case 2:
-      return multiply_add<R, 2>(s, vectors);
+      return act(Constant<2>{});
     case 3:
-      return multiply_add<R, 3>(s, vectors);
+      return act(Constant<3>{});
     case 4:
-      return multiply_add<R, 4>(s, vectors);
+      return act(Constant<4>{});
     default:
-      return multiply_add<R, kBlock>(s, vectors);
+      return act(Constant<kBlock>{});
   }
 }
 
@@ -280,7 +286,8 @@ class ByDefinition {
             s.weights = weights + (o * channels_in_ + c * block) * grid_.taps;
             s.start = c == 0 ? bias + o : nullptr;
             s.out = sums.data + o * sums.channel + j * sums.row + v * kLanes<R>;
-            multiply_add(s, block, strip_vectors(vectors - v));
+            const int strip = strip_vectors(vectors - v);
+            with_block(block, [&](auto size) { multiply_add<R, decltype(size)::value>(s, strip); });
           }
         }
       }

@@ -3,8 +3,8 @@
 //
 // Y = A'[(G g G') . (B' d B)]A for 4x4 inputs d, 3x3 weights g and 2x2 outputs Y (Lavin and Gray, "Fast Algorithms for
 // Convolutional Neural Networks", 2016, section 4.1). The products, summed over the channels, are one matrix product for
-// each of the 16 places, by register-blocked loops. An input enters the outputs that read it by
-// definition and no others, so that NaN stays where it belongs. With dilation, outputs `dilation` apart form the 2x2.
+// each of the 16 places, by register-blocked loops. An input enters the outputs that read it by definition and no others,
+// so that NaN stays where it belongs. With dilation, outputs `dilation` apart form the 2x2.
 #pragma once
 
 #include "cpu/convolution.h"
@@ -244,22 +244,7 @@ class ByWinograd {
         const Product<R> product{transformed_.data() + place * channels_in_ * tile_.pitch,
                                  weights + channel * channels_in_, products_.data() + channel * tile_.pitch,
                                  tile_.pitch, channels_in_};
-        switch (block) {
-          case 1:
-            multiply<R, 1>(product, vectors);
-            break;
-          case 2:
-            multiply<R, 2>(product, vectors);
-            break;
-          case 3:
-            multiply<R, 3>(product, vectors);
-            break;
-          case 4:
-            multiply<R, 4>(product, vectors);
-            break;
-          default:
-            multiply<R, kBlock>(product, vectors);
-        }
+        with_block(block, [&](auto size) { multiply<R, decltype(size)::value>(product, vectors); });
       }
   }
 
@@ -408,22 +393,7 @@ class WinogradCorrelation {
         const int64_t channel = at * channels_in_ + c;
         const Correlation<R> part{transformed_.data() + channel * tile_.pitch, tile_.pitch,
                                   grads_.data() + at * positions * pitch_, sums + channel * pitch_, pitch_, positions};
-        switch (block) {
-          case 1:
-            correlate_block<R, 1>(part);
-            break;
-          case 2:
-            correlate_block<R, 2>(part);
-            break;
-          case 3:
-            correlate_block<R, 3>(part);
-            break;
-          case 4:
-            correlate_block<R, 4>(part);
-            break;
-          default:
-            correlate_block<R, kBlock>(part);
-        }
+        with_block(block, [&](auto size) { correlate_block<R, decltype(size)::value>(part); });
       }
   }
 
