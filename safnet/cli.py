@@ -265,6 +265,53 @@ def synthesize(
     typer.echo(f"{count} scenes of {size[0]} x {size[1]}: {folder}")
 
 
+@app.command("fit-refine")
+def fit_refine(
+    scenes: Annotated[Path, typer.Argument(help="Folder of scenes with truth, or of a data set: its training scenes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Weights file to write: .safetensors.")],
+    model: Annotated[str, typer.Option(help="Small model whose flows and masks are kept.")] = "safnet-s",
+    dataset: Annotated[
+        Literal["kalantari17", "challenge123", "tel23", "ntire21", "folder"], typer.Option(help="Layout of the scenes.")
+    ] = "kalantari17",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Make a small model's refine module a second merge that fits scenes best, by least squares: no training needed."""
+    with _one_line_errors():
+        import torch
+
+        from safnet.datasets import find_scenes
+        from safnet.second_merge import fit_second_merge
+        from safnet.train_data import Whole
+        from safnet.weights import save_model
+
+        if output.suffix != ".safetensors":
+            raise ValueError(f"--output must end in .safetensors, got {str(output)!r}")
+        if output.exists() and not overwrite:
+            raise ValueError(f"--output {str(output)!r} exists; --overwrite replaces it")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        files = find_scenes(dataset, scenes, "Training")
+        for scene in files:
+            scene.check()
+        network = _load(model, device)
+        pictures = Whole(files)
+
+        with _progress_bar() as progress:
+
+            def read() -> Iterator[tuple[Any, Any]]:
+                for number in range(len(pictures)):
+                    progress("scenes", number, len(pictures))
+                    exposures, truth = pictures[number]
+                    yield exposures.to(network_device), truth.to(network_device)
+
+            network_device = next(network.parameters()).device
+            count = fit_second_merge(network, read())
+        save_model(network, output)
+    typer.echo(f"{output}: refine module fitted to {count} scenes")
+
+
 def _read_settings(context: typer.Context, name: str | None) -> str | None:
     """Make a configuration file's values the defaults of the command's options."""
     if name is not None:

@@ -186,10 +186,14 @@ class SmallRefine(nn.Module):
 
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
+        return convolve(self.features(warped, reference, fusion), self.conv7)
+
+    def features(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """What the last layer makes the residual of: (N, 32, H, W)."""
         x = torch.cat([warped[0], reference, warped[1], *_refine_inputs(fusion)], 1)
         for number in range(1, len(self.DILATIONS) + 1):
             x = self.get_submodule(f"conv{number}")(x)
-        return convolve(x, self.conv7)
+        return x
 
     FEATURE_RADIUS = 0
     RADIUS = sum(DILATIONS) + 1

@@ -1,0 +1,114 @@
+"""The refine module as a second merge: nothing until fitted, then an improvement, each colour alone."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from safnet.cli import app
+from safnet.model import Alignment, Fusion, SAFNet
+from safnet.radiance import exposure_input, tone_map
+from safnet.second_merge import fit_second_merge, write_second_merge
+from safnet.weights import load_model, save_model
+from tests.scene_folders import make_radiance, write_kalantari17
+
+RATIOS = (1.0, 4.0, 16.0)
+
+
+def make_frames(seed=0, brightness=1.0):
+    """Exposures (3, 6, H, W) of a still scene, where short and long frame are noisy, and its radiance (3, H, W)."""
+    radiance = torch.from_numpy(make_radiance(seed) * brightness).permute(2, 0, 1).clamp(0, 1)
+    noise = torch.Generator().manual_seed(seed)
+    frames = [(radiance * ratio).clamp(0, 1) ** (1 / 2.2) for ratio in RATIOS]
+    frames[0] = (frames[0] + 0.02 * torch.randn(frames[0].shape, generator=noise)).clamp(0, 1)
+    pairs = zip(frames, RATIOS, strict=True)
+    return torch.stack([exposure_input(frame[None], ratio)[0] for frame, ratio in pairs]), radiance
+
+
+def make_model(mask=0.0):
+    """A small model without flow, whose masks are sigmoid(4 mask) everywhere."""
+    model = SAFNet("small").eval()
+    torch.nn.init.zeros_(model.decoder.conv6.weight)
+    with torch.no_grad():
+        model.decoder.conv6.bias.copy_(torch.tensor([0, 0, 0, 0, mask, mask]))
+    return model
+
+
+def results(model, exposures):
+    with torch.no_grad():
+        return [result[0] for result in model(*exposures.unsqueeze(1).unbind(0))]
+
+
+def test_adds_nothing_until_it_is_fitted():
+    model, (exposures, _) = make_model(), make_frames()
+    write_second_merge(model.refinenet)
+    fused, refined = results(model, exposures)
+    torch.testing.assert_close(refined, fused.clamp(0, 1), rtol=0, atol=0)
+
+
+def test_mends_masks_that_are_half_open_where_the_reference_is_clipped():
+    model = make_model()
+    assert fit_second_merge(model, [make_frames(seed) for seed in range(3)]) == 3
+    exposures, truth = make_frames(seed=7)
+    fused, refined = results(model, exposures)
+    errors = [(tone_map(result.clamp(0, 1)) - tone_map(truth)).square().mean() for result in (fused, refined)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_each_colour_is_refined_alone():
+    model = make_model()
+    fit_second_merge(model, [make_frames()])
+    exposures, _ = make_frames(seed=5)
+    changed = exposures.clone()
+    changed[:, [2, 5]] = changed[:, [2, 5]].flip(-1)
+    (fused, refined), (fused_changed, refined_changed) = results(model, exposures), results(model, changed)
+    for colour in (0, 1):
+        torch.testing.assert_close(fused_changed[colour], fused[colour])
+        torch.testing.assert_close(refined_changed[colour], refined[colour])
+    assert not torch.allclose(refined_changed[2], refined[2])
+
+
+def test_the_residual_of_dark_pictures_is_as_small_as_they_are():
+    """All gates but the dark one are shut: what is added scales with the differences of the frames."""
+    model = make_model()
+    fit_second_merge(model, [make_frames()])
+    generator = torch.Generator().manual_seed(2)
+    short, reference, long, fused = (0.001 * torch.rand(1, 3, 32, 32, generator=generator) for _ in range(4))
+    flow, mask = torch.zeros(1, 2, 32, 32), torch.full((1, 1, 32, 32), 0.5)
+
+    def residual(scale):
+        frames = [torch.cat([scale * part, torch.full_like(part, 0.1)], 1) for part in (short, reference, long)]
+        part = Fusion(scale * fused, Alignment(flow, flow, mask, mask))
+        with torch.no_grad():
+            return model.refinenet.body((frames[0], frames[2]), frames[1], part)
+
+    whole = residual(1.0)
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(residual(0.01), 0.01 * whole, rtol=1e-3, atol=1e-9)
+
+
+def test_a_full_model_and_no_scenes_are_refused():
+    with pytest.raises(ValueError, match="must be small, got 'full'"):
+        fit_second_merge(SAFNet("full"), [make_frames()])
+    with pytest.raises(ValueError, match="scenes must not be empty"):
+        fit_second_merge(make_model(), [])
+
+
+def test_command_writes_weights_that_differ_in_the_refine_module_alone(tmp_path):
+    write_kalantari17(tmp_path, ["1", "2"])
+    (tmp_path / "Test").rename(tmp_path / "Training")
+    start = make_model()
+    save_model(start, tmp_path / "start.safetensors")
+    command = ["fit-refine", str(tmp_path), "--model", str(tmp_path / "start.safetensors")]
+    output = ["-o", str(tmp_path / "fitted.safetensors")]
+    result = CliRunner().invoke(app, [*command, *output])
+    assert result.exit_code == 0, result.output
+    assert "fitted to 2 scenes" in result.output
+    fitted = load_model(tmp_path / "fitted.safetensors").state_dict()
+    for name, before in start.state_dict().items():
+        assert torch.equal(fitted[name], before) != name.startswith("refinenet."), name
+    again = CliRunner().invoke(app, [*command, *output])
+    assert again.exit_code == 2
+    assert "exists; --overwrite replaces it" in again.output
+    wrong = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fitted.pth")])
+    assert wrong.exit_code == 2
+    assert "must end in .safetensors" in wrong.output
