@@ -15,19 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import safnet_ops
-from safnet.initialisation import HERE, SMOOTH
+from safnet.initialisation import HERE
 from safnet.model import SAFNet, SmallRefine
 from safnet.radiance import MU, tone_map
 
 COLOURS = 3
-SHORT, REFERENCE, REFERENCE_LDR, FUSED = 0, 6, 9, 24  # first channels in the refine module's input
-# Kernels by input channel of a colour: what each difference is made of.
+SHORT, REFERENCE, REFERENCE_LDR, LONG, FUSED = 0, 6, 9, 12, 24  # first channels in the refine module's input
+# By channels of a colour and their factors: what the residual is made of.
 DIFFERENCES = (
-    ((SHORT, HERE), (FUSED, -HERE)),
-    ((REFERENCE, HERE), (FUSED, -HERE)),
-    ((SHORT, SMOOTH), (REFERENCE, -SMOOTH)),
+    {SHORT: 1.0, FUSED: -1.0},
+    {REFERENCE: 1.0, FUSED: -1.0},
+    {LONG: 1.0, FUSED: -1.0},
+    {SHORT: 1.0, REFERENCE: -1.0},
+    {SHORT: 1.0, REFERENCE: -0.7},
 )
-TO_SHORT, TO_REFERENCE, BRIGHTER = range(len(DIFFERENCES))
+TO_SHORT, TO_REFERENCE, TO_LONG, SHORT_ABOVE, SHORT_FAR_BELOW = range(len(DIFFERENCES))
 
 
 class Gate(NamedTuple):
@@ -37,8 +39,8 @@ class Gate(NamedTuple):
     slope: float
 
 
-GATES = (Gate(0.98, -16.0), Gate(0.85, -20.0), Gate(0.65, -20.0), Gate(0.95, 20.0), Gate(0.35, 10.0))
-CLIPPED, BRIGHT, ABOVE_MIDDLE, NOT_CLIPPED, DARK = range(len(GATES))
+GATES = (Gate(0.98, -16.0), Gate(0.35, 10.0), Gate(0.2, 20.0))
+CLIPPED, DARK, NEARLY_BLACK = range(len(GATES))
 
 
 class Part(NamedTuple):
@@ -49,13 +51,17 @@ class Part(NamedTuple):
     gates: tuple[int, ...]
 
 
+# Chosen among 91 as the ten of a colour, which is what 32 channels hold, whose least squares fit leaves the smallest error.
 PARTS = (
     Part(TO_REFERENCE, 1.0, ()),
-    *(Part(TO_SHORT, sign, (CLIPPED,)) for sign in (1.0, -1.0)),
-    *(Part(TO_REFERENCE, sign, (BRIGHT,)) for sign in (1.0, -1.0)),
-    *(Part(TO_REFERENCE, sign, (ABOVE_MIDDLE, NOT_CLIPPED)) for sign in (1.0, -1.0)),
-    *(Part(TO_REFERENCE, sign, (DARK,)) for sign in (1.0, -1.0)),
-    Part(BRIGHTER, 1.0, (CLIPPED,)),
+    Part(TO_SHORT, 1.0, (CLIPPED,)),
+    # The radiance is at least the reference's where that is clipped: a darker short frame shows something else.
+    Part(TO_REFERENCE, -1.0, (CLIPPED,)),
+    Part(SHORT_ABOVE, -1.0, (CLIPPED,)),
+    Part(SHORT_FAR_BELOW, -1.0, (CLIPPED,)),
+    Part(TO_REFERENCE, 1.0, (DARK,)),
+    Part(TO_REFERENCE, -1.0, (DARK,)),
+    *(Part(difference, -1.0, (NEARLY_BLACK,)) for difference in (TO_SHORT, TO_REFERENCE, TO_LONG)),
 )
 SAMPLES = 20000  # pixels of a scene that the fit looks at
 RIDGE = 1e-4
@@ -82,9 +88,9 @@ def write_second_merge(refine: SmallRefine) -> None:
 def _write_differences(layer: Any, colour: int, first: int) -> None:
     """A colour's differences and gates, from channel `first` on."""
     conv, prelu = layer
-    for output, kernels in enumerate(DIFFERENCES, first):
-        for channel, kernel in kernels:
-            conv.weight[output, channel + colour] = kernel
+    for output, factors in enumerate(DIFFERENCES, first):
+        for channel, factor in factors.items():
+            conv.weight[output, channel + colour] = factor * HERE
         prelu.weight[output] = 1
     for output, gate in enumerate(GATES, first + len(DIFFERENCES)):
         conv.weight[output, REFERENCE_LDR + colour] = gate.slope * HERE
