@@ -23,7 +23,7 @@ import safnet_ops
 from safnet.ablation import ablate
 from safnet.datasets import SceneFiles, find_scenes
 from safnet.initialisation import fit_flow, kaiming, match_frames
-from safnet.losses import census_loss, flow_loss, picture_loss
+from safnet.losses import census_loss, flow_loss, picture_loss, psnr_loss
 from safnet.metrics import psnr_l, psnr_mu
 from safnet.model import Alignment, Fusion, SAFNet
 from safnet.perceptual import VGG16, load_vgg16, perceptual_loss
@@ -44,7 +44,7 @@ from safnet.windows import cut_windows, unpartition
 
 SCALE = 0.5  # of the sides at which flow and mask are estimated
 PRECISIONS: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
-LOSSES = ("refined", "perceptual", "fused", "census", "flow")
+LOSSES = ("refined", "perceptual", "fused", "census", "psnr", "flow")
 SCORES = ("fused_psnr_mu", "fused_psnr_l", "refined_psnr_mu", "refined_psnr_l")
 FIT_PIXELS = 160 * 128**2  # of crops from which the flow's first weights are fitted
 
@@ -251,13 +251,16 @@ class Training(lightning.LightningModule):
         levels = self.model.estimate_levels(short, reference, long, SCALE)
         fusion = self.model.fuse(short, reference, long, levels[-1])
         losses = {"fused": picture_loss(fusion.fused, crop.truth)}
+        result, truth = fusion.fused, crop.truth
         if "refine" not in self.settings.left_out:
-            refined, truth = self._refine_windows(crop, fusion)
-            losses["refined"] = picture_loss(refined, truth)
+            result, truth = self._refine_windows(crop, fusion)
+            losses["refined"] = picture_loss(result, truth)
             if self.vgg16[0] is not None:
-                losses["perceptual"] = perceptual_loss(self.vgg16[0], tone_map(refined), tone_map(truth))
+                losses["perceptual"] = perceptual_loss(self.vgg16[0], tone_map(result), tone_map(truth))
         if self.settings.census_weight:
             losses["census"] = census_loss(fusion.fused, crop.truth)
+        if self.settings.psnr_weight:
+            losses["psnr"] = psnr_loss(result, truth)
         if self.settings.flow_weight:
             losses["flow"] = flow_loss(levels, crop.flow, crop.visible)
         return losses
@@ -270,6 +273,7 @@ class Training(lightning.LightningModule):
             "perceptual": settings.perceptual_weight,
             "fused": settings.fused_weight,
             "census": settings.fused_weight * settings.census_weight,
+            "psnr": settings.psnr_weight,
             "flow": settings.flow_weight,
         }
         return torch.stack([weights[name] * value for name, value in losses.items()]).sum()

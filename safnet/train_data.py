@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -191,9 +191,9 @@ class Crops(Dataset[Crop]):
         height, width = scene.truth.shape[1:]
         if min(height, width) < side:
             raise DatasetError(f"all scenes must hold a crop of {side}, one is {width}x{height}")
-        top, left = (int(random.integers(size - side + 1)) for size in (height, width))
-        area = (..., slice(top, top + side), slice(left, left + side))
-        parts = augment(random, *(part[area] for part in _tensors(scene).values()))
+        corner = [int(random.integers(size - side + 1)) for size in (height, width)]
+        shifts = draw_shifts(random, corner, (height - side, width - side), self.settings.shift)
+        parts = augment(random, *cut(scene, side, corner, shifts))
         frames, truth, flow, visible = (part.contiguous() for part in parts)
         ratios = exposure_ratios(scene.evs)
         exposures = [exposure_input(frame[None], ratio)[0] for frame, ratio in zip(frames, ratios, strict=True)]
@@ -203,6 +203,35 @@ class Crops(Dataset[Crop]):
         count = (self.settings.crop // self.settings.window) ** 2
         drawn = random.permutation(count)[: self.settings.windows or count]
         return torch.from_numpy(np.sort(drawn))
+
+
+def draw_shifts(
+    random: np.random.Generator, corner: Sequence[int], last: Sequence[int], longest: float
+) -> list[tuple[int, ...]]:
+    """How far (y, x) a crop at `corner` is moved in the short and the long frame, up to the last corner that there is.
+
+    Most are short, as a camera's; flow that a network must find anew in each crop cannot be told from the scene alone.
+    """
+    reach = longest * random.random() ** 2 if longest else 0.0
+    if reach < 0.5:
+        return [(0, 0), (0, 0)]
+    wanted = np.rint(random.uniform(-reach, reach, (2, 2))).astype(int)
+    return [tuple(int(v) for v in np.clip(shift, np.negative(corner), np.subtract(last, corner))) for shift in wanted]
+
+
+def cut(scene: Scene, side: int, corner: Sequence[int], shifts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Frames, truth, flow and visibility of a crop whose outer frames are moved; flow that leaves the crop counts as hidden."""
+
+    def area(shift: Sequence[int]) -> tuple[Any, ...]:
+        return (..., *(slice(first + moved, first + moved + side) for first, moved in zip(corner, shift, strict=True)))
+
+    here = area((0, 0))
+    short, long = (scene.frames[number][area(shift)] for number, shift in zip((0, 2), shifts, strict=True))
+    flow = scene.flow[here] - torch.tensor(shifts).flip(1)[:, :, None, None]
+    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"))
+    target = flow + grid
+    inside = ((target >= 0) & (target <= side - 1)).all(1)
+    return [torch.stack([short, scene.frames[1][here], long]), scene.truth[here], flow, scene.visible[here] & inside]
 
 
 def augment(random: np.random.Generator, frames: Tensor, truth: Tensor, flow: Tensor, visible: Tensor) -> list[Tensor]:

@@ -54,6 +54,9 @@ class TrainSettings:
     ] = None
     validation: Annotated[Path | None, Explained("Held-out scenes to score.", DATA)] = None
     crop: Annotated[int, Explained("Side of the crops, a multiple of 32.", DATA)] = 512
+    shift: Annotated[
+        float, Explained("Pixels by which crops of the outer frames are moved at random, at most.", DATA)
+    ] = 0.0
     orders: Annotated[
         Literal["all", "given"],
         Explained("Orders of exposure, where the data has others: all six of challenge123, both of panoramas.", DATA),
@@ -77,6 +80,7 @@ class TrainSettings:
 
     fused_weight: Annotated[float, Explained("Of the explicit fusion's loss beside the refined result's.", LOSS)] = 0.1
     census_weight: Annotated[float, Explained("Of the census loss of the explicit fusion.", LOSS)] = 1.0
+    psnr_weight: Annotated[float, Explained("Of the logarithm of the result's squared error.", LOSS)] = 0.0
     perceptual_weight: Annotated[float, Explained("Of the perceptual loss of the refined result.", LOSS)] = 0.01
     vgg16: Annotated[Path | None, Explained("VGG16's weights (torchvision's .pth) for the perceptual loss.", LOSS)] = (
         None
@@ -163,12 +167,12 @@ def check_values(settings: TrainSettings) -> None:
 
 LEAST = {
     **dict.fromkeys(("steps", "batch", "reuse", "validate_every", "devices", "nodes", "window"), 1),
-    **dict.fromkeys(("fused_weight", "census_weight", "perceptual_weight", "flow_weight", "weight_decay"), 0),
+    **dict.fromkeys(("fused_weight", "census_weight", "psnr_weight", "perceptual_weight", "flow_weight"), 0),
     **dict.fromkeys(
         ("windows", "warm_up", "refine_last_rate", "encoder_rate", "gradient_clip", "ema_decay", "checkpoint_minutes"),
         0,
     ),
-    **dict.fromkeys(("last_learning_rate", "threads", "workers", "seed"), 0),
+    **dict.fromkeys(("last_learning_rate", "weight_decay", "shift", "threads", "workers", "seed"), 0),
     "crop": CROP_MULTIPLE,
 }
 

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from safnet.losses import census_loss, flow_loss, picture_loss
+from safnet.losses import census_loss, flow_loss, picture_loss, psnr_loss
 from safnet.model import Alignment
 from safnet.radiance import tone_map
 
@@ -21,15 +23,15 @@ def flow():
 def test_right_flow_costs_no_more_than_the_rounding_of_the_norm(flow):
     levels = [alignment(flow[:, 0], flow[:, 1], cell) for cell in (8, 4, 2)]
     visible = torch.ones(2, 2, 32, 64, dtype=torch.bool)
-    assert flow_loss(levels, flow, visible) < 0.41  # four half and two whole terms of 0.1 pixels
+    assert flow_loss(levels, flow, visible) < 0.37  # terms of 0.1 pixels: four that count 0.4, two whole
 
 
-def test_a_wrong_flow_costs_its_length_in_pixels_of_the_picture(flow):
+def test_a_wrong_flow_costs_the_logarithm_of_its_length_in_pixels_of_the_picture(flow):
     visible = torch.ones(2, 2, 32, 64, dtype=torch.bool)
     off = flow.clone()
     off[:, 1, 0] += 30.0
     loss = flow_loss([alignment(flow[:, 0], off[:, 1], 4)], flow, visible)
-    assert loss.item() == pytest.approx(30.1, abs=0.1)
+    assert loss.item() == pytest.approx(4 * math.log1p(30 / 4), abs=0.2)
 
 
 def test_x_and_y_are_scaled_by_their_own_sides():
@@ -39,7 +41,9 @@ def test_x_and_y_are_scaled_by_their_own_sides():
     level[:, 0], level[:, 1] = 1.0, 1.0  # cells of 8 x 4 pixels
     mask = torch.zeros(1, 1, 8, 8)
     visible = torch.ones(1, 2, 32, 64, dtype=torch.bool)
-    assert flow_loss([Alignment(level, level, mask, mask)], flow, visible).item() == pytest.approx(0.2, abs=1e-5)
+    assert flow_loss([Alignment(level, level, mask, mask)], flow, visible).item() == pytest.approx(
+        2 * 4 * math.log1p(0.1 / 4)
+    )
 
 
 def test_hidden_surfaces_teach_no_flow(flow):
@@ -51,6 +55,25 @@ def test_hidden_surfaces_teach_no_flow(flow):
     assert estimate.grad[0, :, :4].abs().min() > 0
     assert estimate.grad[0, :, 4:].abs().max() == 0
     assert estimate.grad[1].abs().max() == 0
+
+
+def test_what_is_hidden_elsewhere_does_not_dilute_the_flow(flow):
+    estimate, mask = torch.zeros(2, 2, 16, 32), torch.zeros(2, 1, 16, 32)
+    levels = [Alignment(estimate, estimate, mask, mask)]
+    visible = torch.ones(2, 2, 32, 64, dtype=torch.bool)
+    half = visible.clone()
+    half[..., 32:] = False
+    torch.testing.assert_close(flow_loss(levels, flow, half), flow_loss(levels, flow, visible))
+    assert flow_loss(levels, flow, torch.zeros_like(visible)) == 0
+
+
+def test_psnr_loss_falls_alike_for_bright_and_for_dark_pictures():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 3, 16, 16, generator=generator)
+    for level in (0.1, 0.5):
+        truth = torch.full((1, 3, 16, 16), level)
+        worse, better = (psnr_loss(truth + size * level * noise, truth) for size in (0.2, 0.1))
+        assert (worse - better).item() == pytest.approx(1.4 * math.log(4), rel=0.1)
 
 
 def test_pictures_are_compared_as_displayed():

@@ -20,6 +20,7 @@ from safnet.train_data import (
     PanoramaScenes,
     Whole,
     augment,
+    draw_shifts,
     load_crops,
     open_scenes,
 )
@@ -80,6 +81,33 @@ def test_crops_repeat_and_flow_follows_the_augmentation(settings):
         assert crop.windows.shape == (3,)
         assert crop.windows.unique().numel() == 3
         assert 0 <= crop.windows.min() <= crop.windows.max() < 16
+
+
+def test_flow_follows_frames_whose_crops_are_moved(settings):
+    moved = replace(settings, shift=16.0)
+    distances = []
+    for number in range(8):
+        crop, still = Crops(Shifts(), moved)[number], Crops(Shifts(), settings)[number]
+        grid = torch.stack(torch.meshgrid(torch.arange(32), torch.arange(32), indexing="xy"))
+        target = crop.flow + grid
+        inside = ((target >= 0) & (target <= 31)).all(1)
+        assert not crop.visible[~inside].any()
+        for frame, outer in enumerate((0, 2)):
+            warped = backward_warp(crop.exposures[outer, :3][None], crop.flow[frame][None])[0]
+            unclipped = crop.truth < 0.9 * 2.0 ** (0, -2, -4)[outer]
+            seen = crop.visible[frame].expand(3, -1, -1) & unclipped
+            torch.testing.assert_close(warped[seen], crop.exposures[1, :3][seen], rtol=0, atol=1e-3)
+        distances.append((crop.flow.mean((2, 3)) - still.flow.mean((2, 3))).abs().max().item())
+    assert max(distances) > 2
+
+
+def test_shifts_stay_inside_the_scene_and_reach_far():
+    shifts = np.array([draw_shifts(np.random.default_rng(seed), (3, 0), (10, 20), 12.0) for seed in range(300)])
+    assert shifts.shape == (300, 2, 2)
+    assert (shifts.min((0, 1)) == (-3, 0)).all()
+    assert shifts[..., 0].max() == 7
+    assert 8 < shifts[..., 1].max() <= 12
+    assert draw_shifts(np.random.default_rng(0), (3, 0), (10, 20), 0.0) == [(0, 0), (0, 0)]
 
 
 def test_augmentation_permutes_frames_and_truth_alike():
