@@ -114,9 +114,8 @@ def main() -> None:
                 seconds[name].append(taken)
     print(f"{options.config}: {settings.model}, {settings.batch} crops of {settings.crop}, ", end="")
     count = settings.windows or (settings.crop // settings.window) ** 2
-    print(
-        f"{count} windows of {settings.window} refined of each; {device_name(torch.device('cpu'))}, {threads} threads"
-    )
+    refined = "not" if "refine" in settings.left_out else f"{count} windows of {settings.window} of each"
+    print(f"{refined} refined; {device_name(torch.device('cpu'))}, {threads} threads")
     print("operators       seconds a step   samples a second")
     for name, times in seconds.items():
         median, quartiles = statistics.median(times), statistics.quantiles(times, n=4, method="inclusive")
