@@ -1,9 +1,9 @@
 """The refine module of SAFNet-S as a second, sharper merge of the aligned exposures, fitted by least squares.
 
 The explicit fusion weighs frames by fixed triangles and by masks of half the picture's size. `write_second_merge` gives the
-refine module's layers the differences of the frames from it, each let through where the reference is clipped, nearly clipped
-or dark, pixel by pixel; `fit_second_merge` finds how much of each to add. Each colour is treated alone, and where the
-frames agree nothing is added: neither coloured light nor darkness can make the residual large.
+refine module's layers the differences of the frames from it and from each other, let through where the reference is clipped or
+dark, pixel by pixel; `fit_second_merge` finds how much of each to add. Each colour is treated alone, and where the frames
+agree nothing is added: neither coloured light nor darkness can make the residual large.
 """
 
 import math
@@ -21,7 +21,7 @@ from safnet.radiance import MU, tone_map
 
 COLOURS = 3
 SHORT, REFERENCE, REFERENCE_LDR, LONG, FUSED = 0, 6, 9, 12, 24  # first channels in the refine module's input
-# By channels of a colour and their factors: what the residual is made of.
+# What the residual is made of: factors by channel of a colour.
 DIFFERENCES = (
     {SHORT: 1.0, FUSED: -1.0},
     {REFERENCE: 1.0, FUSED: -1.0},
@@ -64,7 +64,7 @@ PARTS = (
     *(Part(difference, -1.0, (NEARLY_BLACK,)) for difference in (TO_SHORT, TO_REFERENCE, TO_LONG)),
 )
 SAMPLES = 20000  # pixels of a scene that the fit looks at
-RIDGE = 1e-4
+RIDGE = 1e-4  # relative to each unknown's own sum of squares: kernels of alike parts must not grow against each other
 FLOOR = 3e-6  # squared error that is as good as none
 TOLERANCE = 0.01  # error beyond which a pixel counts less: motion gone wrong cannot be mended, and must not rule
 
@@ -116,6 +116,7 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     Args:
         model: a small SAFNet.
         scenes: exposures (3, 6, H, W) as the network takes them, and true radiance (3, H, W) in [0, 1].
+        scale_factor: as of `SAFNet.estimate`.
 
     Returns:
         How many scenes there were.

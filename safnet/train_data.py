@@ -208,9 +208,9 @@ class Crops(Dataset[Crop]):
 def draw_shifts(
     random: np.random.Generator, corner: Sequence[int], last: Sequence[int], longest: float
 ) -> list[tuple[int, ...]]:
-    """How far (y, x) a crop at `corner` is moved in the short and the long frame, up to the last corner that there is.
+    """How far (y, x) a crop at `corner` is moved in the short and the long frame, up to the `last` corner that there is.
 
-    Most are short, as a camera's; flow that a network must find anew in each crop cannot be told from the scene alone.
+    At most `longest` pixels along each axis; most are far shorter, as a shaking camera's are.
     """
     reach = longest * random.random() ** 2 if longest else 0.0
     if reach < 0.5:
