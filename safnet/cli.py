@@ -290,6 +290,8 @@ def fit_refine(
             raise ValueError(f"--output must end in .safetensors, got {str(output)!r}")
         if output.exists() and not overwrite:
             raise ValueError(f"--output {str(output)!r} exists; --overwrite replaces it")
+        if not output.parent.is_dir():
+            raise ValueError(f"--output {str(output)!r}: the folder {str(output.parent)!r} does not exist")
         if threads is not None:
             torch.set_num_threads(threads)
         files = find_scenes(dataset, scenes, "Training")

@@ -122,7 +122,7 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
         How many scenes there were.
 
     Raises:
-        ValueError: the model is not a small one, or there are no scenes.
+        ValueError: the model is not a small one, there are no scenes, or one has another shape or values that are not finite.
     """
     refine = model.refinenet
     if not isinstance(refine, SmallRefine):
@@ -132,6 +132,7 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     size = 9 * len(PARTS)
     left, right, count = torch.zeros(size, size, dtype=torch.double), torch.zeros(size, dtype=torch.double), 0
     for exposures, truth in scenes:
+        _check_scene(exposures, truth, count)
         rows, wanted = _equations(model, refine, exposures, truth, scale_factor, draw)
         left += (rows.T @ rows).cpu()
         right += (rows.T @ wanted).cpu()
@@ -146,6 +147,17 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
         first = colour * len(PARTS)
         refine.conv7.weight[colour, first : first + len(PARTS)] = kernels
     return count
+
+
+def _check_scene(exposures: Tensor, truth: Tensor, number: int) -> None:
+    where = f"fit_second_merge: scene {number}:"
+    if truth.dim() != 3 or truth.shape[0] != COLOURS:
+        raise ValueError(f"{where} truth must be (3, H, W), got {tuple(truth.shape)}")
+    if exposures.shape != (3, 6, *truth.shape[1:]):
+        raise ValueError(f"{where} exposures must be {(3, 6, *truth.shape[1:])}, got {tuple(exposures.shape)}")
+    for name, values in (("exposures", exposures), ("truth", truth)):
+        if bad := int(values.numel() - values.isfinite().sum()):
+            raise ValueError(f"{where} {name} must be finite, {bad} values are not")
 
 
 def _equations(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scene_folders import make_radiance, write_kalantari17
 from typer.testing import CliRunner
 
 from safnet.cli import app
@@ -9,14 +10,13 @@ from safnet.model import Alignment, Fusion, SAFNet
 from safnet.radiance import exposure_input, tone_map
 from safnet.second_merge import fit_second_merge, write_second_merge
 from safnet.weights import load_model, save_model
-from tests.scene_folders import make_radiance, write_kalantari17
 
 RATIOS = (1.0, 4.0, 16.0)
 
 
-def make_frames(seed=0, brightness=1.0):
+def make_frames(seed=0):
     """Exposures (3, 6, H, W) of a still scene, where short and long frame are noisy, and its radiance (3, H, W)."""
-    radiance = torch.from_numpy(make_radiance(seed) * brightness).permute(2, 0, 1).clamp(0, 1)
+    radiance = torch.from_numpy(make_radiance(seed)).permute(2, 0, 1).clamp(0, 1)
     noise = torch.Generator().manual_seed(seed)
     frames = [(radiance * ratio).clamp(0, 1) ** (1 / 2.2) for ratio in RATIOS]
     frames[0] = (frames[0] + 0.02 * torch.randn(frames[0].shape, generator=noise)).clamp(0, 1)
@@ -93,6 +93,18 @@ def test_a_full_model_and_no_scenes_are_refused():
         fit_second_merge(make_model(), [])
 
 
+def test_scenes_of_another_shape_or_with_nan_are_refused():
+    exposures, truth = make_frames()
+    wrong = truth.clone()
+    wrong[0, 0, :2] = float("nan")
+    with pytest.raises(ValueError, match="scene 1: truth must be finite, 2 values are not"):
+        fit_second_merge(make_model(), [(exposures, truth), (exposures, wrong)])
+    with pytest.raises(ValueError, match=r"exposures must be \(3, 6, 64, 95\), got \(3, 6, 64, 96\)"):
+        fit_second_merge(make_model(), [(exposures, truth[..., 1:])])
+    with pytest.raises(ValueError, match=r"truth must be \(3, H, W\), got \(64, 96\)"):
+        fit_second_merge(make_model(), [(exposures, truth[0])])
+
+
 def test_command_writes_weights_that_differ_in_the_refine_module_alone(tmp_path):
     write_kalantari17(tmp_path, ["1", "2"])
     (tmp_path / "Test").rename(tmp_path / "Training")
@@ -112,3 +124,6 @@ def test_command_writes_weights_that_differ_in_the_refine_module_alone(tmp_path)
     wrong = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "fitted.pth")])
     assert wrong.exit_code == 2
     assert "must end in .safetensors" in wrong.output
+    nowhere = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "nowhere" / "fitted.safetensors")])
+    assert nowhere.exit_code == 2
+    assert "does not exist" in nowhere.output
