@@ -178,8 +178,10 @@ def test_two_processes_train_as_one_does(settings, scenes):
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_model(folder / WEIGHTS).state_dict() for folder in (settings.out, out))
     for name in one:
-        # In the mean: Adam takes whole steps of 2e-4 even for a gradient that is nothing but rounding.
         assert (one[name] - two[name]).abs().mean() < 2e-6, name
+    # Adam takes whole steps of 2e-4 even for the few gradients that are nothing but rounding.
+    close = torch.cat([torch.isclose(one[name], two[name], rtol=1e-3, atol=2e-5).flatten() for name in one])
+    assert close.float().mean() > 0.999
     rows = [[row for row in read_metrics(folder) if row["validation/fused_psnr_mu"]] for folder in (settings.out, out)]
     for first, second in zip(*rows, strict=True):
         assert float(first["validation/fused_psnr_mu"]) == pytest.approx(
