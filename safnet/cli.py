@@ -269,7 +269,10 @@ def synthesize(
 def fit_refine(
     scenes: Annotated[Path, typer.Argument(help="Folder of scenes with truth, or of a data set: its training scenes.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Weights file to write: .safetensors.")],
-    model: Annotated[str, typer.Option(help="Small model whose flows and masks are kept.")] = "safnet-s",
+    model: Annotated[str, typer.Option(help="Model whose flows and masks are kept.")] = "safnet-s",
+    variant: Annotated[
+        Literal["full", "small"] | None, typer.Option(help="Kind of model to write.", show_default="the model's")
+    ] = None,
     dataset: Annotated[
         Literal["kalantari17", "challenge123", "tel23", "ntire21", "folder"], typer.Option(help="Layout of the scenes.")
     ] = "kalantari17",
@@ -277,14 +280,15 @@ def fit_refine(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Make a small model's refine module a second merge that fits scenes best, by least squares: no training needed."""
+    """Make a model's refine module a second merge that fits scenes best, by least squares: no training needed."""
     with _one_line_errors():
         import torch
 
         from safnet.datasets import find_scenes
+        from safnet.model import SAFNet
         from safnet.second_merge import fit_second_merge
         from safnet.train_data import Whole
-        from safnet.weights import save_model
+        from safnet.weights import save_model, take_fitting
 
         if output.suffix != ".safetensors":
             raise ValueError(f"--output must end in .safetensors, got {str(output)!r}")
@@ -298,6 +302,11 @@ def fit_refine(
         for scene in files:
             scene.check()
         network = _load(model, device)
+        network_device = next(network.parameters()).device
+        if variant not in (None, network.variant):
+            torch.manual_seed(0)  # the full refine module's spare channels are random
+            start, network = network, SAFNet(variant).to(network_device).eval()
+            take_fitting(network, start)
         pictures = Whole(files)
 
         with _progress_bar() as progress:
@@ -308,7 +317,6 @@ def fit_refine(
                     exposures, truth = pictures[number]
                     yield exposures.to(network_device), truth.to(network_device)
 
-            network_device = next(network.parameters()).device
             count = fit_second_merge(network, read())
         save_model(network, output)
     typer.echo(f"{output}: refine module fitted to {count} scenes")

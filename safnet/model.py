@@ -155,11 +155,18 @@ class FullRefine(nn.Module):
 
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
-        features = self.conv1(torch.cat([reference, *_refine_inputs(fusion)], 1))
-        x = torch.cat([warped[0], features, warped[1]], 1)
+        return convolve(self.features(warped, reference, fusion), self.residual_layer)
+
+    @property
+    def residual_layer(self) -> nn.Conv2d:
+        return self.conv3
+
+    def features(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """What the last layer makes the residual of: (N, 80, H, W)."""
+        x = torch.cat([warped[0], self.conv1(torch.cat([reference, *_refine_inputs(fusion)], 1)), warped[1]], 1)
         for number in range(1, len(self.DILATIONS) + 1):
             x = self.get_submodule(f"resblock{number}")(x)
-        return convolve(x, self.conv3)
+        return x
 
     FEATURE_RADIUS = 2
     RADIUS = 2 + 2 * sum(DILATIONS) + 1
@@ -186,7 +193,11 @@ class SmallRefine(nn.Module):
 
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
-        return convolve(self.features(warped, reference, fusion), self.conv7)
+        return convolve(self.features(warped, reference, fusion), self.residual_layer)
+
+    @property
+    def residual_layer(self) -> nn.Conv2d:
+        return self.conv7
 
     def features(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """What the last layer makes the residual of: (N, 32, H, W)."""
@@ -256,11 +267,15 @@ class SAFNet(nn.Module):
 
     def refine(self, short: Tensor, reference: Tensor, long: Tensor, fusion: Fusion) -> Tensor:
         """The refined result from the explicit fusion."""
-        warped = (
-            safnet_ops.backward_warp(self.refinenet.short_features(short), fusion.alignment.flow_short),
-            safnet_ops.backward_warp(self.refinenet.long_features(long), fusion.alignment.flow_long),
-        )
+        warped = self.warp_features(short, long, fusion.alignment)
         return (fusion.fused + self.refinenet.body(warped, reference, fusion)).clamp(0, 1)
+
+    def warp_features(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
+        """The refine module's features of the outer exposures, aligned to the reference."""
+        return (
+            safnet_ops.backward_warp(self.refinenet.short_features(short), alignment.flow_short),
+            safnet_ops.backward_warp(self.refinenet.long_features(long), alignment.flow_long),
+        )
 
 
 def network_size(height: int, width: int, scale_factor: float) -> tuple[int, int]:

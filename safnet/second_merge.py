@@ -1,9 +1,12 @@
-"""The refine module of SAFNet-S as a second, sharper merge of the aligned exposures, fitted by least squares.
+"""The refine module as a second, sharper merge of the aligned exposures, fitted by least squares.
 
 The explicit fusion weighs frames by fixed triangles and by masks of half the picture's size. `write_second_merge` gives the
 refine module's layers the differences of the frames from it and from each other, let through where the reference is clipped or
 dark, pixel by pixel; `fit_second_merge` finds how much of each to add. Each colour is treated alone, and where the frames
 agree nothing is added: neither coloured light nor darkness can make the residual large.
+
+In the small model that is all the module does. The full model's has room for much more: its other channels keep their random
+values, reach the result nowhere, and wait for training.
 """
 
 import math
@@ -12,22 +15,36 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-import safnet_ops
 from safnet.initialisation import HERE
-from safnet.model import SAFNet, SmallRefine
+from safnet.model import FullRefine, ResidualBlock, SAFNet, SmallRefine
 from safnet.radiance import MU, tone_map
 
 COLOURS = 3
-SHORT, REFERENCE, REFERENCE_LDR, LONG, FUSED = 0, 6, 9, 12, 24  # first channels in the refine module's input
-# What the residual is made of: factors by channel of a colour.
+
+
+class Channels(NamedTuple):
+    """First channels, three colours each, in the input of the layers that make the parts; and of the parts themselves."""
+
+    short: int
+    reference: int
+    reference_ldr: int
+    long: int
+    fused: int
+    parts: int
+
+
+IN_SMALL = Channels(short=0, reference=6, reference_ldr=9, long=12, fused=24, parts=0)
+# 20 channels are the short frame's, 40 the reference's and the fusion's, 20 the long frame's; what comes first stays as it is.
+IN_FULL = Channels(short=0, reference=20, reference_ldr=23, long=60, fused=26, parts=30)
+# What the residual is made of: factors by the name of what a colour is of.
 DIFFERENCES = (
-    {SHORT: 1.0, FUSED: -1.0},
-    {REFERENCE: 1.0, FUSED: -1.0},
-    {LONG: 1.0, FUSED: -1.0},
-    {SHORT: 1.0, REFERENCE: -1.0},
-    {SHORT: 1.0, REFERENCE: -0.7},
+    {"short": 1.0, "fused": -1.0},
+    {"reference": 1.0, "fused": -1.0},
+    {"long": 1.0, "fused": -1.0},
+    {"short": 1.0, "reference": -1.0},
+    {"short": 1.0, "reference": -0.7},
 )
 TO_SHORT, TO_REFERENCE, TO_LONG, SHORT_ABOVE, SHORT_FAR_BELOW = range(len(DIFFERENCES))
 
@@ -70,41 +87,85 @@ TOLERANCE = 0.01  # error beyond which a pixel counts less: motion gone wrong ca
 
 
 @torch.no_grad()
-def write_second_merge(refine: SmallRefine) -> None:
-    """Set a refine module's layers but the last, which becomes 0: its residual is nothing until it is fitted."""
-    for parameter in refine.parameters():
-        parameter.zero_()
+def write_second_merge(refine: SmallRefine | FullRefine) -> None:
+    """Make a refine module's features the parts of a second merge; the last layer becomes 0, which is no residual."""
+    if isinstance(refine, SmallRefine):
+        _write_small(refine)
+    else:
+        _write_full(refine)
+
+
+def _write_small(refine: SmallRefine) -> None:
+    _zero(refine)
     layers: list[Any] = list(refine.children())
+    _write_differences(layers[0], IN_SMALL)
+    conv, prelu = layers[1]
+    _write_parts(conv, prelu, IN_SMALL)
+    for layer in layers[2:-1]:
+        _pass_on(layer, range(COLOURS * len(PARTS)))
+
+
+def _write_full(refine: FullRefine) -> None:
+    for exposure in (refine.conv0, refine.conv2):
+        for layer in exposure:
+            _pass_on(layer, range(COLOURS))
+    # Of the reference come 3 linear colours and 3 LDR ones, of the fusion 4 flows, 2 masks, and 3 colours.
+    layers: list[Any] = list(refine.conv1)
+    _pass_on(layers[0], [*range(6), *range(12, 15)])
+    _pass_on(layers[1], range(9))
+    for parameter in layers[1][0].parameters():
+        parameter[9:] = 0  # room for the parts
+    blocks = [block for block in refine.children() if isinstance(block, ResidualBlock)]
+    for block in blocks:
+        _zero(block.conv2)
+        block.prelu.weight.fill_(1)
+    _write_differences(blocks[-1].conv1, IN_FULL)
+    _write_parts(blocks[-1].conv2, blocks[-1].prelu, IN_FULL)
+    _zero(refine.conv3)
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.zero_()
+
+
+def _pass_on(layer: Any, channels: Iterable[int]) -> None:
+    """Make a layer's first outputs the given input channels."""
+    conv, prelu = layer
+    for output, channel in enumerate(channels):
+        _write(conv, output, {channel: 1.0})
+        prelu.weight[output] = 1
+
+
+def _write(conv: Any, output: int, factors: dict[int, float], bias: float = 0.0) -> None:
+    """Make an output the sum of input channels times factors, at the same pixel."""
+    conv.weight[output] = 0
+    for channel, factor in factors.items():
+        conv.weight[output, channel] = factor * HERE
+    conv.bias[output] = bias
+
+
+def _write_differences(layer: Any, channels: Channels) -> None:
+    """Of each colour the differences, then the gates, in as many outputs as it has parts."""
+    conv, prelu = layer
     for colour in range(COLOURS):
         first = colour * len(PARTS)
-        _write_differences(layers[0], colour, first)
-        _write_parts(layers[1], first)
-        for conv, prelu in layers[2:-1]:
-            for channel in range(first, first + len(PARTS)):
-                conv.weight[channel, channel] = HERE
-                prelu.weight[channel] = 1
+        for output, factors in enumerate(DIFFERENCES, first):
+            _write(conv, output, {getattr(channels, name) + colour: factor for name, factor in factors.items()})
+            prelu.weight[output] = 1
+        for output, gate in enumerate(GATES, first + len(DIFFERENCES)):
+            _write(conv, output, {channels.reference_ldr + colour: gate.slope}, -gate.slope * gate.edge)
+            prelu.weight[output] = 0
 
 
-def _write_differences(layer: Any, colour: int, first: int) -> None:
-    """A colour's differences and gates, from channel `first` on."""
-    conv, prelu = layer
-    for output, factors in enumerate(DIFFERENCES, first):
-        for channel, factor in factors.items():
-            conv.weight[output, channel + colour] = factor * HERE
-        prelu.weight[output] = 1
-    for output, gate in enumerate(GATES, first + len(DIFFERENCES)):
-        conv.weight[output, REFERENCE_LDR + colour] = gate.slope * HERE
-        conv.bias[output] = -gate.slope * gate.edge
-
-
-def _write_parts(layer: Any, first: int) -> None:
-    """A colour's parts of the residual: relu(sign * difference - gates), which is exact where the gates are open."""
-    conv, prelu = layer
-    for output, part in enumerate(PARTS, first):
-        conv.weight[output, first + part.difference] = part.sign * HERE
-        for gate in part.gates:
-            conv.weight[output, first + len(DIFFERENCES) + gate] = -HERE
-        prelu.weight[output] = 0 if part.gates else 1
+def _write_parts(conv: Any, prelu: Any, channels: Channels) -> None:
+    """Of each colour the parts of the residual: relu(sign * difference - gates), exact where the gates are open."""
+    for colour in range(COLOURS):
+        first = colour * len(PARTS)
+        for output, part in enumerate(PARTS, channels.parts + first):
+            gates = {first + len(DIFFERENCES) + gate: -1.0 for gate in part.gates}
+            _write(conv, output, {first + part.difference: part.sign, **gates})
+            prelu.weight[output] = 0 if part.gates else 1
 
 
 @torch.no_grad()
@@ -114,7 +175,7 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     Least squares of the tone-mapped error, every scene counting as much as its PSNR-mu.
 
     Args:
-        model: a small SAFNet.
+        model: a SAFNet; of a full one, only what the second merge does not need stays in the refine module.
         scenes: exposures (3, 6, H, W) as the network takes them, and true radiance (3, H, W) in [0, 1].
         scale_factor: as of `SAFNet.estimate`.
 
@@ -122,18 +183,16 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
         How many scenes there were.
 
     Raises:
-        ValueError: the model is not a small one, there are no scenes, or one has another shape or values that are not finite.
+        ValueError: there are no scenes, or one has another shape or values that are not finite.
     """
     refine = model.refinenet
-    if not isinstance(refine, SmallRefine):
-        raise ValueError(f"fit_second_merge: model must be small, got {model.variant!r}")
     write_second_merge(refine)
     draw = torch.Generator().manual_seed(0)
     size = 9 * len(PARTS)
     left, right, count = torch.zeros(size, size, dtype=torch.double), torch.zeros(size, dtype=torch.double), 0
     for exposures, truth in scenes:
         _check_scene(exposures, truth, count)
-        rows, wanted = _equations(model, refine, exposures, truth, scale_factor, draw)
+        rows, wanted = _equations(model, exposures, truth, scale_factor, draw)
         left += (rows.T @ rows).cpu()
         right += (rows.T @ wanted).cpu()
         count += 1
@@ -142,11 +201,15 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     deviation = left.diagonal().sqrt().clamp(min=1e-12)
     scaled = left / deviation[:, None] / deviation + RIDGE * torch.eye(size, dtype=torch.double)
     solution = torch.linalg.solve(scaled, right / deviation) / deviation
-    kernels = solution.to(refine.conv7.weight).view(len(PARTS), 3, 3)
-    for colour in range(COLOURS):
-        first = colour * len(PARTS)
-        refine.conv7.weight[colour, first : first + len(PARTS)] = kernels
+    weight = refine.residual_layer.weight
+    for colour, channels in enumerate(_parts_by_colour(refine)):
+        weight[colour, channels] = solution.to(weight).view(len(PARTS), 3, 3)
     return count
+
+
+def _parts_by_colour(refine: SmallRefine | FullRefine) -> list[slice]:
+    first = (IN_SMALL if isinstance(refine, SmallRefine) else IN_FULL).parts
+    return [slice(start, start + len(PARTS)) for start in range(first, first + COLOURS * len(PARTS), len(PARTS))]
 
 
 def _check_scene(exposures: Tensor, truth: Tensor, number: int) -> None:
@@ -161,19 +224,13 @@ def _check_scene(exposures: Tensor, truth: Tensor, number: int) -> None:
 
 
 def _equations(
-    model: SAFNet, refine: SmallRefine, exposures: Tensor, truth: Tensor, scale_factor: float, draw: torch.Generator
+    model: SAFNet, exposures: Tensor, truth: Tensor, scale_factor: float, draw: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Weighted rows (k, 9 * parts) of what could be added at some pixels, and the tone-mapped error that should go there."""
     short, reference, long = (exposure[None].contiguous() for exposure in exposures)
     fusion = model.fuse(short, reference, long, model.estimate(short, reference, long, scale_factor))
-    alignment = fusion.alignment
-    warped = (
-        safnet_ops.backward_warp(short, alignment.flow_short),
-        safnet_ops.backward_warp(long, alignment.flow_long),
-    )
-    features = refine.features(warped, reference, fusion)[0, : COLOURS * len(PARTS)]
-    colours, height, width = truth.shape
-    features = F.pad(features.view(colours, len(PARTS), height, width), (1, 1, 1, 1))
+    features = model.refinenet.features(model.warp_features(short, long, fusion.alignment), reference, fusion)[0]
+    parts = F.pad(torch.stack([features[channels] for channels in _parts_by_colour(model.refinenet)]), (1, 1, 1, 1))
 
     fused = fusion.fused[0].clamp(0, 1)
     error = tone_map(truth) - tone_map(fused)
@@ -184,7 +241,8 @@ def _equations(
     weight = (error.abs() + TOLERANCE).rsqrt() / (error.square().mean() + FLOOR).sqrt()
 
     pixels = torch.randperm(truth.numel(), generator=draw)[:SAMPLES].to(truth.device)
+    _, height, width = truth.shape
     colour, y, x = pixels // (height * width), pixels // width % height, pixels % width
-    taps = [features[colour, :, y + dy, x + dx] for dy in range(3) for dx in range(3)]
+    taps = [parts[colour, :, y + dy, x + dx] for dy in range(3) for dx in range(3)]
     rows = torch.stack(taps, 2).flatten(1) * (weight * slope).flatten()[pixels, None]
     return rows.double(), (weight * error).flatten()[pixels].double()

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, default_collate
 
-import safnet_ops
 from safnet.ablation import ablate
 from safnet.datasets import SceneFiles, find_scenes
 from safnet.initialisation import fit_flow, kaiming, match_frames
@@ -39,7 +38,7 @@ from safnet.train_settings import (
     option,
     write_configuration,
 )
-from safnet.weights import load_model
+from safnet.weights import load_model, take_fitting
 from safnet.windows import cut_windows, unpartition
 
 SCALE = 0.5  # of the sides at which flow and mask are estimated
@@ -173,7 +172,7 @@ def fresh_model(settings: TrainSettings) -> SAFNet:
         kaiming(model)
     elif settings.initialisation == "matching":
         match_frames(model)
-    layers: tuple[Any, Any] = model.decoder.conv6, last_refine_layer(model)
+    layers: tuple[Any, Any] = model.decoder.conv6, model.refinenet.residual_layer
     for layer in layers:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -189,18 +188,6 @@ def fit_to_scenes(module: "Training") -> None:
     batches = [default_collate([crops[number]]) for number in range(count)]
     if all(batch.visible.any((0, 2, 3)).all() for batch in batches):
         fit_flow(module.model, ((batch.exposures, batch.flow, batch.visible) for batch in batches), SCALE)
-
-
-def last_refine_layer(model: SAFNet) -> Any:
-    """The refine module's layer whose output is the residual."""
-    return model.refinenet.conv7 if model.variant == "small" else model.refinenet.conv3
-
-
-def take_fitting(model: SAFNet, start: SAFNet) -> None:
-    """Copy all tensors of `start` that fit by name and shape."""
-    state = model.state_dict()
-    fitting = {k: v for k, v in start.state_dict().items() if k in state and v.shape == state[k].shape}
-    model.load_state_dict({**state, **fitting})
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -290,10 +277,8 @@ class Training(lightning.LightningModule):
         if self.settings.warp == "window":
             refined = self.model.refine(*map(cut, exposures), part)
         else:
-            refine, alignment = self.model.refinenet, fusion.alignment
-            warped_short = safnet_ops.backward_warp(refine.short_features(exposures[0]), alignment.flow_short)
-            warped_long = safnet_ops.backward_warp(refine.long_features(exposures[2]), alignment.flow_long)
-            residual = refine.body((cut(warped_short), cut(warped_long)), cut(exposures[1]), part)
+            warped_short, warped_long = self.model.warp_features(exposures[0], exposures[2], fusion.alignment)
+            residual = self.model.refinenet.body((cut(warped_short), cut(warped_long)), cut(exposures[1]), part)
             refined = (part.fused + residual).clamp(0, 1)
         if whole:
             return unpartition(refined, *crop.truth.shape[2:]), crop.truth
@@ -333,7 +318,8 @@ class Training(lightning.LightningModule):
         The residual is added to linear radiance, where an error of 0.001 is large in the dark: at the others' rate the
         refine module's last layer disturbs more than it mends.
         """
-        settings, last = self.settings, {id(parameter) for parameter in last_refine_layer(self.model).parameters()}
+        settings = self.settings
+        last = {id(parameter) for parameter in self.model.refinenet.residual_layer.parameters()}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             rate = 1.0

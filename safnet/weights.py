@@ -63,6 +63,13 @@ def save_model(model: SAFNet, path: str | os.PathLike[str], metadata: dict[str, 
         partial.unlink(missing_ok=True)
 
 
+def take_fitting(model: SAFNet, start: SAFNet) -> None:
+    """Copy all tensors of `start` that fit by name and shape."""
+    state = model.state_dict()
+    fitting = {k: v for k, v in start.state_dict().items() if k in state and v.shape == state[k].shape}
+    model.load_state_dict({**state, **fitting})
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """A state dict from .safetensors or .pth, read without running code. Raises WeightsError, naming the file."""
     if not path.is_file():

@@ -24,9 +24,13 @@ def make_frames(seed=0):
     return torch.stack([exposure_input(frame[None], ratio)[0] for frame, ratio in pairs]), radiance
 
 
-def make_model(mask=0.0):
-    """A small model without flow, whose masks are sigmoid(4 mask) everywhere."""
-    model = SAFNet("small").eval()
+VARIANTS = pytest.mark.parametrize("variant", ["small", "full"])
+
+
+def make_model(variant="small", mask=0.0):
+    """A model without flow, whose masks are sigmoid(4 mask) everywhere."""
+    torch.manual_seed(3)
+    model = SAFNet(variant).eval()
     torch.nn.init.zeros_(model.decoder.conv6.weight)
     with torch.no_grad():
         model.decoder.conv6.bias.copy_(torch.tensor([0, 0, 0, 0, mask, mask]))
@@ -38,15 +42,17 @@ def results(model, exposures):
         return [result[0] for result in model(*exposures.unsqueeze(1).unbind(0))]
 
 
-def test_adds_nothing_until_it_is_fitted():
-    model, (exposures, _) = make_model(), make_frames()
+@VARIANTS
+def test_adds_nothing_until_it_is_fitted(variant):
+    model, (exposures, _) = make_model(variant), make_frames()
     write_second_merge(model.refinenet)
     fused, refined = results(model, exposures)
     torch.testing.assert_close(refined, fused.clamp(0, 1), rtol=0, atol=0)
 
 
-def test_mends_masks_that_are_half_open_where_the_reference_is_clipped():
-    model = make_model()
+@VARIANTS
+def test_mends_masks_that_are_half_open_where_the_reference_is_clipped(variant):
+    model = make_model(variant)
     assert fit_second_merge(model, [make_frames(seed) for seed in range(3)]) == 3
     exposures, truth = make_frames(seed=7)
     fused, refined = results(model, exposures)
@@ -54,9 +60,35 @@ def test_mends_masks_that_are_half_open_where_the_reference_is_clipped():
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_the_full_model_merges_as_the_small_one_does():
+    models = [make_model(variant) for variant in ("small", "full")]
+    models[1].decoder.load_state_dict(models[0].decoder.state_dict())
+    models[1].encoder.load_state_dict(models[0].encoder.state_dict())
+    for model in models:
+        fit_second_merge(model, [make_frames(seed) for seed in range(3)])
+    small, full = (results(model, make_frames(seed=7)[0])[1] for model in models)
+    torch.testing.assert_close(full, small, rtol=0, atol=1e-3)
+
+
+def test_the_full_models_spare_channels_can_be_trained():
+    """What reaches no result still has a gradient, or leads to what has one."""
+    model, (exposures, truth) = make_model("full"), make_frames()
+    fit_second_merge(model, [(exposures, truth)])
+    for _ in range(2):
+        model.zero_grad()
+        _, refined = model(*exposures[:, None].unbind())
+        (refined - truth).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.refinenet.parameters():
+                parameter -= 1e-3 * parameter.grad.sign()
+    still = [name for name, parameter in model.refinenet.named_parameters() if not parameter.grad.any()]
+    assert not still
+
+
 @pytest.mark.parametrize("flipped", range(3))
-def test_each_colour_is_refined_alone(flipped):
-    model = make_model()
+@VARIANTS
+def test_each_colour_is_refined_alone(variant, flipped):
+    model = make_model(variant)
     fit_second_merge(model, [make_frames()])
     exposures, _ = make_frames(seed=5)
     changed = exposures.clone()
@@ -87,9 +119,7 @@ def test_the_residual_of_dark_pictures_is_as_small_as_they_are():
     torch.testing.assert_close(residual(0.01), 0.01 * whole, rtol=1e-3, atol=1e-9)
 
 
-def test_a_full_model_and_no_scenes_are_refused():
-    with pytest.raises(ValueError, match="must be small, got 'full'"):
-        fit_second_merge(SAFNet("full"), [make_frames()])
+def test_no_scenes_are_refused():
     with pytest.raises(ValueError, match="scenes must not be empty"):
         fit_second_merge(make_model(), [])
 
@@ -106,19 +136,23 @@ def test_scenes_of_another_shape_or_with_nan_are_refused():
         fit_second_merge(make_model(), [(exposures, truth[0])])
 
 
-def test_command_writes_weights_that_differ_in_the_refine_module_alone(tmp_path):
+@VARIANTS
+def test_command_writes_weights_that_differ_in_the_refine_module_alone(tmp_path, variant):
     write_kalantari17(tmp_path, ["1", "2"])
     (tmp_path / "Test").rename(tmp_path / "Training")
     start = make_model()
     save_model(start, tmp_path / "start.safetensors")
-    command = ["fit-refine", str(tmp_path), "--model", str(tmp_path / "start.safetensors")]
+    command = ["fit-refine", str(tmp_path), "--model", str(tmp_path / "start.safetensors"), "--variant", variant]
     output = ["-o", str(tmp_path / "fitted.safetensors")]
     result = CliRunner().invoke(app, [*command, *output])
     assert result.exit_code == 0, result.output
     assert "fitted to 2 scenes" in result.output
-    fitted = load_model(tmp_path / "fitted.safetensors").state_dict()
-    for name, before in start.state_dict().items():
-        assert torch.equal(fitted[name], before) != name.startswith("refinenet."), name
+    fitted = load_model(tmp_path / "fitted.safetensors")
+    assert fitted.variant == variant
+    for name, after in fitted.state_dict().items():
+        before = start.state_dict().get(name)
+        same = before is not None and torch.equal(after, before)
+        assert same != name.startswith("refinenet."), name
     again = CliRunner().invoke(app, [*command, *output])
     assert again.exit_code == 2
     assert "exists; --overwrite replaces it" in again.output
