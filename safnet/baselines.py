@@ -4,7 +4,7 @@ All of them merge by SAFNet's explicit fusion (triangle weights of the reference
 flows, and in whether a ghost mask withdraws what does not fit the reference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import safnet_ops
+from safnet.calibrate import Calibration, calibrate
 from safnet.fuse import Result
 from safnet.model import Alignment, Fusion
 from safnet.radiance import GAMMA, exposure_ratios, linearize
@@ -26,12 +27,13 @@ RANSAC_PIXELS = 3.0
 FEWEST_INLIERS = 12  # a homography has 8 unknowns; with fewer witnesses the frame is left as it is
 
 
-def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, float, float]) -> Result:
+def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Result:
     """Fuse three exposures by the baseline of that name (see BASELINES).
 
     Args:
         frames: short, reference, long: (3, 3, H, W) float32, LDR values in [0, 1].
         evs: exposure values in stops, ascending.
+        measure: as of `fuse_exposures`.
 
     Returns:
         Radiance (1, 3, H, W) in the short exposure's units, and the flows and masks it was made with.
@@ -41,20 +43,28 @@ def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, float, float]) ->
     """
     if name not in BASELINES:
         raise ValueError(f"--baseline must be one of {', '.join(BASELINES)}, got {name!r}")
-    ratios = exposure_ratios(evs)
-    short, reference, long = (linearize(frame, ratio)[None] for frame, ratio in zip(frames, ratios, strict=True))
     height, width = frames.shape[2:]
-    align = ALIGNERS[name.removesuffix("+mask")]
-    flow_short, flow_long = (align(frames[1], frames[k], ratios[1], ratios[k]) for k in (0, 2))
+    aligner = ALIGNERS[name.removesuffix("+mask")]
+
+    def align(pictures: Sequence[Tensor], evs: Sequence[float]) -> list[Tensor]:
+        ratios = exposure_ratios(evs)
+        return [aligner(pictures[1][0], pictures[k][0], ratios[1], ratios[k]) for k in (0, 2)]
+
+    bracket = Calibration(frames[:, None].unbind(), evs)
+    if measure:
+        bracket = calibrate(bracket.frames, evs, align)
+    ratios = exposure_ratios(bracket.evs)
+    short, reference, long = (linearize(frame, ratio) for frame, ratio in zip(bracket.frames, ratios, strict=True))
+    flow_short, flow_long = align(bracket.frames, bracket.evs)
     mask_short = mask_long = torch.full((1, 1, height, width), float(name != "reference"))
     if name.endswith("+mask"):
         mask_short, mask_long = (
-            ghost_mask(safnet_ops.backward_warp(radiance, flow), frames[1:2], ratios[1])
+            ghost_mask(safnet_ops.backward_warp(radiance, flow), bracket.frames[1], ratios[1])
             for radiance, flow in ((short, flow_short), (long, flow_long))
         )
     alignment = Alignment(flow_short, flow_long, mask_short, mask_long)
-    fused = safnet_ops.fused_fuse(short, reference, long, *alignment, frames[1:2])
-    return Result(fused, Fusion(fused, alignment))
+    fused = safnet_ops.fused_fuse(short, reference, long, *alignment, bracket.frames[1])
+    return Result(fused, Fusion(fused, alignment), bracket.evs, bracket.curve)
 
 
 def ghost_mask(aligned: Tensor, reference: Tensor, ratio: float) -> Tensor:

@@ -33,6 +33,10 @@ def fuse(
         tuple[float, float, float] | None,
         typer.Option(help="Exposures in stops in the order of the frames (of a folder: by name), more light = higher."),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure/--trust", help="Measure exposures and camera curve, or trust EVs and gamma 2.2."),
+    ] = True,
     depth: Annotated[
         Literal["half", "float", "uint16"] | None,
         typer.Option(help="Numbers in the result: .exr half or float, .tif float or uint16.", show_default="the first"),
@@ -40,7 +44,7 @@ def fuse(
     preview: Annotated[Path | None, typer.Option(help="Also write a tone-mapped picture: .png or .jpg.")] = None,
     tonemap: Annotated[
         Literal["mu-law", "reinhard"], typer.Option(help="Tone map of preview and inspection.")
-    ] = "mu-law",
+    ] = "reinhard",
     inspect: Annotated[
         Path | None,
         typer.Option(help="Also write flows, masks, explicit fusion and a sheet of all steps to this folder."),
@@ -82,7 +86,13 @@ def fuse(
                 pictures.append(read_ldr(frame.path))
             tensors = [torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in pictures]
             result = fuse_exposures(
-                network, tensors, bracket.evs, tile=tile, precision=getattr(torch, precision), progress=progress
+                network,
+                tensors,
+                bracket.evs,
+                measure=measure,
+                tile=tile,
+                precision=getattr(torch, precision),
+                progress=progress,
             )
             progress("writing", 0, 1)
             radiance = to_picture(result.radiance)
@@ -99,9 +109,12 @@ def fuse(
             progress("writing", 1, 1)
     width, height = bracket.size
     seconds = time.perf_counter() - started
-    typer.echo(
-        f"{width} x {height}, EV {format_evs(bracket.evs)}, {seconds:.1f} s, peak memory {_peak_memory()}: {output}"
-    )
+    exposures, measured = f"EV {format_evs(bracket.evs)}", f"EV {format_evs(result.evs)}"
+    if measured != exposures:
+        exposures += f" (measured: {measured})"
+    if result.curve is not None:
+        exposures += ", camera curve measured"
+    typer.echo(f"{width} x {height}, {exposures}, {seconds:.1f} s, peak memory {_peak_memory()}: {output}")
 
 
 @app.command()
@@ -145,6 +158,9 @@ def evaluate(
     ev_error: Annotated[
         float, typer.Option(min=-2.0, max=2.0, help="Give the methods EVs of the outer frames that are wrong by this.")
     ] = 0.0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Let models and baselines measure exposures and camera curve.")
+    ] = False,
     timing_runs: Annotated[int, typer.Option(min=0, help="Timed runs of each model, 0 for none.")] = 5,
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Arithmetic of the convolutions.")
@@ -184,7 +200,8 @@ def evaluate(
         methods += [PredictionMethod(folder.name, folder, scenes) for folder in predictions or []]
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)
-        settings = Settings(dataset, ev_error, rgbe, cvvdp, peak_luminance, 720 if len(scenes) <= 40 else 480)
+        width = 720 if len(scenes) <= 40 else 480
+        settings = Settings(dataset, ev_error, measure, rgbe, cvvdp, peak_luminance, width)
         with _progress_bar() as progress:
             evaluation = score_methods(
                 scenes,

@@ -69,7 +69,7 @@ class Method(Protocol):
     @property
     def identity(self) -> dict[str, Any]: ...
 
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, float, float]) -> Outcome: ...
+    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome: ...
 
 
 @dataclass
@@ -87,9 +87,10 @@ class ModelMethod:
     def identity(self) -> dict[str, Any]:
         return {"weights_sha256": self.weights_hash, "precision": self.precision, "variant": self.model.variant}
 
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, float, float]) -> Outcome:
+    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome:
         precision = getattr(torch, self.precision)
-        result = fuse_exposures(self.model, [frame[None] for frame in frames], evs, tile=self.tile, precision=precision)
+        pictures = [frame[None] for frame in frames]
+        result = fuse_exposures(self.model, pictures, evs, measure=measure, tile=self.tile, precision=precision)
         return Outcome(result.radiance, result)
 
 
@@ -108,8 +109,8 @@ class BaselineMethod:
     def identity(self) -> dict[str, Any]:
         return {"baseline": self.name}
 
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, float, float]) -> Outcome:
-        result = fuse_baseline(self.name, frames, evs)
+    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome:
+        result = fuse_baseline(self.name, frames, evs, measure)
         return Outcome(result.radiance, result)
 
 
@@ -146,7 +147,7 @@ class PredictionMethod:
     def identity(self) -> dict[str, Any]:
         return {"predictions": {name: _stamp(path) for name, path in self.by_scene.items()}}
 
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, float, float]) -> Outcome:
+    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome:
         if files.name not in self.by_scene:
             raise EvaluationError(f"no prediction {files.name}.hdr in {self.folder}")
         path = self.by_scene[files.name]
@@ -163,6 +164,7 @@ class Settings:
 
     Attributes:
         ev_error: stops by which the EVs given to the methods are wrong, apart on even scenes and together on odd ones.
+        measure: models and baselines measure exposures and camera curve instead of trusting the EVs.
         rgbe: score results as a .hdr file would return them.
         cvvdp: score with ColorVideoVDP too.
         picture_width: of the report's pictures, in pixels.
@@ -170,6 +172,7 @@ class Settings:
 
     dataset: DatasetName
     ev_error: float = 0.0
+    measure: bool = False
     rgbe: bool = False
     cvvdp: bool = False
     peak_luminance: float = PEAK_LUMINANCE
@@ -353,11 +356,11 @@ def _score(
 ) -> Score:
     evs = _mistaken(sample.evs, ev_error)
     started = time.perf_counter()
-    outcome = method.fuse(files, sample.frames, evs)
+    outcome = method.fuse(files, sample.frames, evs, settings.measure)
     radiance = outcome.radiance[0].float().cpu()
     seconds = time.perf_counter() - started
     # The same radiance in units of the short frame's true exposure, which are the truth's.
-    unit = 2.0 ** (sample.evs[0] - evs[0]) if method.kind != "predictions" else 1.0
+    unit = 1.0 if outcome.result is None else 2.0 ** (sample.evs[0] - outcome.result.evs[0])
     radiance = radiance * unit
     if export is not None:
         export(files.name, method.name, radiance, sample.truth)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import safnet_ops
+from safnet.calibrate import Calibration, calibrate
 from safnet.model import Fusion, SAFNet
 from safnet.radiance import exposure_input, exposure_ratios
 
@@ -22,10 +23,16 @@ Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
 
 class Result(NamedTuple):
-    """Linear radiance (1, 3, H, W) in [0, 1] in the short exposure's units, and the explicit fusion behind it."""
+    """Linear radiance (1, 3, H, W) in [0, 1] in the short exposure's units, and what is behind it.
+
+    Attributes:
+        evs, curve: exposures and camera curve, given or measured (see `safnet.calibrate.Calibration`).
+    """
 
     radiance: Tensor
     fusion: Fusion
+    evs: tuple[float, ...]
+    curve: Tensor | None
 
 
 def fuse_exposures(
@@ -33,6 +40,7 @@ def fuse_exposures(
     frames: Sequence[Tensor],
     evs: Sequence[float],
     *,
+    measure: bool = False,
     tile: int | None = None,
     precision: torch.dtype = torch.float32,
     progress: Progress = lambda stage, done, total: None,
@@ -43,24 +51,34 @@ def fuse_exposures(
         model: in eval mode, on the device where the work shall run.
         frames: short, reference, long: (1, 3, H, W) float32, LDR values in [0, 1].
         evs: their exposure values in stops, ascending.
+        measure: find out the outer frames' true exposures and the camera's curve (see `calibrate`), which takes one more
+            alignment, instead of trusting `evs` and assuming gamma 2.2.
         tile: side of the refine module's tiles in pixels; 0 for the whole frame, None to choose by the frame's size.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
         progress: called after each step.
     """
     device = next(model.parameters()).device
-    short, reference, long = (
-        exposure_input(frame.to(device), ratio) for frame, ratio in zip(frames, exposure_ratios(evs), strict=True)
-    )
-    height, width = reference.shape[2:]
+
+    def inputs(frames: Sequence[Tensor], evs: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+        short, reference, long = (
+            exposure_input(frame.to(device), ratio) for frame, ratio in zip(frames, exposure_ratios(evs), strict=True)
+        )
+        return short, reference, long
+
+    height, width = frames[1].shape[2:]
     if tile is None:
         tile = 0 if height * width <= WHOLE_PIXELS else TILE
     tile = tile or max(height, width)
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         progress("aligning", 0, 1)
+        bracket = Calibration(frames, tuple(evs))
+        if measure:
+            bracket = calibrate(frames, evs, lambda frames, evs: model.estimate(*inputs(frames, evs))[:2])
+        short, reference, long = inputs(bracket.frames, bracket.evs)
         fusion = model.fuse(short, reference, long, model.estimate(short, reference, long))
         progress("aligning", 1, 1)
         radiance = _refine(model, short, reference, long, fusion, tile, progress)
-    return Result(radiance, fusion)
+    return Result(radiance, fusion, bracket.evs, bracket.curve)
 
 
 def _refine(

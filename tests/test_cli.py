@@ -6,6 +6,7 @@ import numpy as np
 import OpenImageIO as oiio
 import pytest
 import torch
+from scene_folders import make_radiance
 from typer.testing import CliRunner
 
 from safnet.cli import app
@@ -89,6 +90,28 @@ def test_negative_evs_are_taken_as_written(tmp_path, frames, radiance, weights):
         fuse("--ev", "-2", "0", "2", frames[1], frames[2], frames[0], "-o", output, "--model", weights).exit_code == 0
     )
     assert_radiance(output, radiance)
+
+
+def test_exposures_and_camera_curve_are_measured_unless_they_are_trusted(tmp_path, weights):
+    radiance = make_radiance(height=128, width=192)
+    ldr = [np.clip(radiance * 2.0 ** (ev - EVS[0]), 0, 1) ** (1 / 2.2) for ev in EVS]
+    cameras = {"straight": ldr, "contrast": [x**1.6 / (x**1.6 + (1 - x) ** 1.6) for x in ldr]}
+    for name, pictures in cameras.items():
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(pictures):
+            write_picture(tmp_path / name / f"{number}.png", np.round(picture * 255).astype(np.uint8))
+
+    def summary(name, evs, *options):
+        output = tmp_path / f"{name}{len(options)}.exr"
+        outcome = fuse(tmp_path / name, "--ev", *evs, "-o", output, "--model", weights, *options)
+        assert outcome.exit_code == 0, outcome.output
+        return outcome.stdout
+
+    measured = re.search(r"EV -2 0 \+1\.8 \(measured: EV (\S+) 0 \+(\S+)\), ", summary("straight", (-2, 0, 1.8)))
+    assert [float(ev) for ev in measured.groups()] == pytest.approx([-2, 2], abs=0.02)
+    assert "EV -2 0 +1.8, " in summary("straight", (-2, 0, 1.8), "--trust")
+    assert "camera curve measured" in summary("contrast", EVS)
+    assert "measured" not in summary("contrast", EVS, "--trust")
 
 
 def test_folder_with_exposure_file(tmp_path, folder, radiance, weights):

@@ -153,12 +153,14 @@ def test_wrong_evs_spare_the_reference_and_harm_the_merge(tmp_path):
     methods = [BaselineMethod("reference"), BaselineMethod("unaligned")]
     exact = evaluate(scenes, methods, SETTINGS)
     wrong = evaluate(scenes, methods, Settings("kalantari17", ev_error=0.3, picture_width=96))
+    measured = evaluate(scenes, methods, Settings("kalantari17", ev_error=0.3, measure=True, picture_width=96))
 
     def quality(result, method):
         return result.mean(method).scores["psnr_mu"]
 
     assert quality(wrong, "reference") == pytest.approx(quality(exact, "reference"), abs=1e-3)
     assert quality(wrong, "unaligned") < quality(exact, "unaligned") - 3
+    assert quality(measured, "unaligned") > quality(exact, "unaligned") - 0.5
 
 
 def test_rgbe_scores_what_a_hdr_file_would_hold(scenes, baseline):
@@ -280,9 +282,9 @@ def counted(monkeypatch):
     calls = []
     original = module.fuse_baseline
 
-    def count(name, frames, evs):
+    def count(name, *arguments):
         calls.append(name)
-        return original(name, frames, evs)
+        return original(name, *arguments)
 
     monkeypatch.setattr(module, "fuse_baseline", count)
     return calls

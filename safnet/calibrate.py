@@ -1,0 +1,169 @@
+"""What the aligned frames themselves tell of their exposures and of the camera's curve.
+
+The network assumes exact EVs and a curve of gamma 2.2. Cameras round the exposure times that they report, shutters scatter, and
+the pictures that cameras develop have an S-shaped curve: two stops of light are four in the shadows and less than one in the
+highlights. Wherever the fusion turns from one frame to another that shows as a patch of another brightness or colour.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import safnet_ops
+from safnet.radiance import GAMMA
+
+DARKEST, BRIGHTEST = 0.03, 0.96  # LDR values between which a frame is neither noise nor clipped
+SMALLEST_PART = 0.01  # of the values, which must be well exposed in both frames
+MOST_VALUES = 2**20  # of a frame, which are compared
+LARGEST_SPREAD = 0.3  # stops over which the more alike half may spread; beyond, motion or noise hides the exposure
+LEVELS = 48  # of brightness at which frames are compared; equal steps of the LDR value's root, as the eye's are
+FEWEST_LEVELS = 24
+FEWEST_AT_LEVEL = 30  # values
+COMMON_LEVEL = 0.02  # part of the values from which a level counts fully
+KNOTS = 24  # of a curve, in equal steps of the root
+SMOOTHNESS, RIDGE = 2.0, 0.01  # weights of second differences and of the deviation from gamma 2.2 itself
+SMALLEST_BEND = 0.15  # stops, root mean square, by which levels must differ from each other before a curve is blamed
+LARGEST_REST = 0.5  # part of that which a curve may leave
+
+Align = Callable[[Sequence[Tensor], Sequence[float]], Sequence[Tensor]]
+
+
+class Calibration(NamedTuple):
+    """What frames were fused with.
+
+    Attributes:
+        frames: LDR values with a curve of gamma 2.2.
+        evs: in stops, ascending.
+        curve: stops by which the camera's pictures were darker than gamma 2.2 tells, at KNOTS equal steps of the LDR value's
+            root from 0 to 1; None where they fit gamma 2.2.
+    """
+
+    frames: Sequence[Tensor]
+    evs: tuple[float, ...]
+    curve: Tensor | None = None
+
+
+def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> Calibration:
+    """Develop frames to a curve of gamma 2.2 and correct their EVs, as far as they show how.
+
+    Where levels of brightness contradict each other, the camera's curve is fitted to them as by Debevec and Malik 1997, but
+    as a smooth deviation from gamma 2.2, and to the median at each level. Then the outer frames' EVs are measured. What is
+    not clear stays as given.
+
+    Args:
+        frames: short, reference, long: (1, 3, H, W), LDR values in [0, 1].
+        evs: exposure values in stops, ascending.
+        align: frames and EVs -> flows of short and long (1, 2, h, w) from the reference, in pixels of h x w, where the frames
+            are compared.
+    """
+    flows = align(frames, evs)
+    curve = measure_curve(frames, flows, evs)
+    if curve is not None:
+        frames = [develop(frame, curve) for frame in frames]
+    return Calibration(frames, measure_evs(frames, flows, evs), curve)
+
+
+def measure_evs(frames: Sequence[Tensor], flows: Sequence[Tensor], evs: Sequence[float]) -> tuple[float, ...]:
+    """EVs with which the outer frames, aligned to the reference, are as bright as it is.
+
+    The measured ratio of two frames is the shorth of the ratios of their values, the middle of the shortest interval that
+    holds half of them (Andrews et al. 1972): what moved elsewhere than the flow says does not pull it.
+
+    Args:
+        frames, flows, evs: as of `calibrate`.
+
+    Returns:
+        `evs` with those of short and long as measured. One stays as given where too few pixels are well exposed in both
+        frames or these contradict each other; both do where the measured ones would not ascend.
+    """
+    short, long = _aligned(frames, flows)
+    matched = evs[1] + _stops(*short, evs[0] - evs[1]), evs[1], evs[1] + _stops(*long, evs[2] - evs[1])
+    return matched if all(low < high for low, high in pairwise(matched)) else tuple(evs)
+
+
+def measure_curve(frames: Sequence[Tensor], flows: Sequence[Tensor], evs: Sequence[float]) -> Tensor | None:
+    """The camera's curve, as of `Calibration`; None where gamma 2.2 fits, or no smooth ascending curve does.
+
+    Args:
+        frames, flows, evs: as of `calibrate`.
+    """
+    levels = []
+    for (aligned, reference), ev in zip(_aligned(frames, flows), (evs[0], evs[2]), strict=True):
+        # By the levels of the one frame and of the other: noise in the levels then does not tilt the curve.
+        levels += [_levels(aligned, reference, ev - evs[1]), _levels(reference, aligned, evs[1] - ev)]
+    first, second, error, weight = torch.cat(levels).unbind(1)
+    if len(first) < FEWEST_LEVELS:
+        return None
+    rows = weight[:, None] * (_knot_weights(first) - _knot_weights(second))
+    smooth = SMOOTHNESS * torch.eye(KNOTS, dtype=torch.double).diff(n=2, dim=0)
+    system = torch.cat([rows, smooth, RIDGE * torch.eye(KNOTS, dtype=torch.double)])[:, :-1]  # at the brightest it is 0
+    right = torch.cat([weight * error, error.new_zeros(len(system) - len(rows))])
+    curve = F.pad(torch.linalg.lstsq(system, right[:, None]).solution[:, 0], (0, 1))
+    rest = (weight * error - rows @ curve).norm() / weight.norm()
+    # An error that is the same at all levels is one of the EVs.
+    bends = [part[:, 3] * (part[:, 2] - (part[:, 2] * part[:, 3]).sum() / part[:, 3].sum()) for part in levels]
+    bend = torch.cat(bends).norm() / weight.norm()
+    ascends = bool((2 * GAMMA * torch.arange(1, KNOTS).log2() + curve[1:]).diff().min() > 0)
+    if bend < SMALLEST_BEND or rest > LARGEST_REST * bend or not ascends:
+        return None
+    return curve.float()
+
+
+def develop(frame: Tensor, curve: Tensor) -> Tensor:
+    """LDR values in [0, 1] of a camera with that curve -> those that a curve of gamma 2.2 gives, of the same shape."""
+    curve = curve.to(frame)
+    position = frame.clamp(0, 1).sqrt() * (KNOTS - 1)
+    knot = position.long().clamp(max=KNOTS - 2)
+    return frame * (torch.lerp(curve[knot], curve[knot + 1], position - knot) / GAMMA).exp2()
+
+
+def _aligned(frames: Sequence[Tensor], flows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """LDR values (n) of the aligned short and long frame, each with the reference's at the same pixels."""
+    short, reference, long = (
+        F.interpolate(frame.to(flows[0]), flows[0].shape[2:], mode="bilinear", align_corners=False) for frame in frames
+    )
+    step = -(-reference.numel() // MOST_VALUES)
+    pairs = (
+        (safnet_ops.backward_warp(short, flows[0]), reference),
+        (safnet_ops.backward_warp(long, flows[1]), reference),
+    )
+    return [(aligned.flatten()[::step], reference.flatten()[::step]) for aligned, reference in pairs]
+
+
+def _stops(aligned: Tensor, reference: Tensor, given: float) -> float:
+    """Stops by which the frame is exposed more than the reference; the given ones where that cannot be seen."""
+    exposed = (torch.minimum(aligned, reference) > DARKEST) & (torch.maximum(aligned, reference) < BRIGHTEST)
+    if exposed.sum() < max(2, SMALLEST_PART * len(exposed)):
+        return given
+    stops = GAMMA * (aligned[exposed] / reference[exposed]).log2().sort().values
+    half = len(stops) // 2
+    spread, first = (stops[half:] - stops[: len(stops) - half]).min(0)
+    return stops[first + half // 2].item() if spread <= LARGEST_SPREAD else given
+
+
+def _levels(first: Tensor, second: Tensor, stops: float) -> Tensor:
+    """By levels of `second` (n, 4): medians of both, the error in stops if gamma is 2.2, and a weight."""
+    order = second.argsort()
+    first, second = first[order], second[order]
+    counts = (second.clamp(0, 1).sqrt() * LEVELS).long().bincount(minlength=LEVELS).tolist()
+    levels = []
+    for ones, others in zip(first.split(counts), second.split(counts), strict=True):
+        if len(ones) < FEWEST_AT_LEVEL:
+            continue
+        # Medians of all values, dark and clipped ones too, are those of the well exposed ones if they are well exposed.
+        one, other = ones.median().item(), others.median().item()
+        if min(one, other) > DARKEST and max(one, other) < BRIGHTEST:
+            weight = min(1.0, len(ones) / len(first) / COMMON_LEVEL) ** 0.5
+            levels.append((one, other, stops - GAMMA * math.log2(one / other), weight))
+    return torch.tensor(levels, dtype=torch.double).view(-1, 4)
+
+
+def _knot_weights(values: Tensor) -> Tensor:
+    """Rows (n, KNOTS) whose products with a curve are its values there."""
+    distance = values.sqrt()[:, None] * (KNOTS - 1) - torch.arange(KNOTS)
+    return (1 - distance.abs()).clamp(min=0)
