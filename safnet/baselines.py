@@ -50,20 +50,20 @@ def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, ...], measure: bo
         ratios = exposure_ratios(evs)
         return [aligner(pictures[1][0], pictures[k][0], ratios[1], ratios[k]) for k in (0, 2)]
 
-    bracket = Calibration(frames[:, None].unbind(), evs)
-    if measure:
-        bracket = calibrate(bracket.frames, evs, align)
+    given = frames[:, None].unbind()
+    bracket = calibrate(given, evs, align) if measure else Calibration(evs)
+    pictures = [bracket.straighten(frame) for frame in given]
     ratios = exposure_ratios(bracket.evs)
-    short, reference, long = (linearize(frame, ratio) for frame, ratio in zip(bracket.frames, ratios, strict=True))
-    flow_short, flow_long = align(bracket.frames, bracket.evs)
+    short, reference, long = (linearize(picture, ratio) for picture, ratio in zip(pictures, ratios, strict=True))
+    flow_short, flow_long = align(pictures, bracket.evs)
     mask_short = mask_long = torch.full((1, 1, height, width), float(name != "reference"))
     if name.endswith("+mask"):
         mask_short, mask_long = (
-            ghost_mask(safnet_ops.backward_warp(radiance, flow), bracket.frames[1], ratios[1])
+            ghost_mask(safnet_ops.backward_warp(radiance, flow), pictures[1], ratios[1])
             for radiance, flow in ((short, flow_short), (long, flow_long))
         )
     alignment = Alignment(flow_short, flow_long, mask_short, mask_long)
-    fused = safnet_ops.fused_fuse(short, reference, long, *alignment, bracket.frames[1])
+    fused = safnet_ops.fused_fuse(short, reference, long, *alignment, pictures[1])
     return Result(fused, Fusion(fused, alignment), bracket.evs, bracket.curve)
 
 

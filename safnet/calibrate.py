@@ -19,7 +19,7 @@ from safnet.radiance import GAMMA
 
 DARKEST, BRIGHTEST = 0.03, 0.96  # LDR values between which a frame is neither noise nor clipped
 SMALLEST_PART = 0.01  # of the values, which must be well exposed in both frames
-MOST_VALUES = 2**20  # of a frame, which are compared
+MOST_PIXELS = 2**20  # at which frames are aligned and compared
 LARGEST_SPREAD = 0.3  # stops over which the more alike half may spread; beyond, motion or noise hides the exposure
 LEVELS = 48  # of brightness at which frames are compared; equal steps of the LDR value's root, as the eye's are
 FEWEST_LEVELS = 24
@@ -34,22 +34,24 @@ Align = Callable[[Sequence[Tensor], Sequence[float]], Sequence[Tensor]]
 
 
 class Calibration(NamedTuple):
-    """What frames were fused with.
+    """How frames were exposed and developed.
 
     Attributes:
-        frames: LDR values with a curve of gamma 2.2.
         evs: in stops, ascending.
-        curve: stops by which the camera's pictures were darker than gamma 2.2 tells, at KNOTS equal steps of the LDR value's
+        curve: stops by which the camera's pictures are darker than gamma 2.2 tells, at KNOTS equal steps of the LDR value's
             root from 0 to 1; None where they fit gamma 2.2.
     """
 
-    frames: Sequence[Tensor]
     evs: tuple[float, ...]
     curve: Tensor | None = None
 
+    def straighten(self, frame: Tensor) -> Tensor:
+        """LDR values of a frame in [0, 1] -> those that a curve of gamma 2.2 gives, of the same shape."""
+        return frame if self.curve is None else develop(frame, self.curve)
+
 
 def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> Calibration:
-    """Develop frames to a curve of gamma 2.2 and correct their EVs, as far as they show how.
+    """Find the camera's curve and correct the EVs, as far as frames show them.
 
     Where levels of brightness contradict each other, the camera's curve is fitted to them as by Debevec and Malik 1997, but
     as a smooth deviation from gamma 2.2, and to the median at each level. Then the outer frames' EVs are measured. What is
@@ -61,11 +63,10 @@ def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> C
         align: frames and EVs -> flows of short and long (1, 2, h, w) from the reference, in pixels of h x w, where the frames
             are compared.
     """
+    frames = [_shrink(frame) for frame in frames]
     flows = align(frames, evs)
-    curve = measure_curve(frames, flows, evs)
-    if curve is not None:
-        frames = [develop(frame, curve) for frame in frames]
-    return Calibration(frames, measure_evs(frames, flows, evs), curve)
+    found = Calibration(tuple(evs), measure_curve(frames, flows, evs))
+    return found._replace(evs=measure_evs([found.straighten(frame) for frame in frames], flows, evs))
 
 
 def measure_evs(frames: Sequence[Tensor], flows: Sequence[Tensor], evs: Sequence[float]) -> tuple[float, ...]:
@@ -122,17 +123,22 @@ def develop(frame: Tensor, curve: Tensor) -> Tensor:
     return frame * (torch.lerp(curve[knot], curve[knot + 1], position - knot) / GAMMA).exp2()
 
 
+def _shrink(frame: Tensor) -> Tensor:
+    height, width = frame.shape[2:]
+    factor = (MOST_PIXELS / (height * width)) ** 0.5
+    if factor >= 1:
+        return frame
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    return F.interpolate(frame, size, mode="bilinear", align_corners=False, antialias=True)
+
+
 def _aligned(frames: Sequence[Tensor], flows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """LDR values (n) of the aligned short and long frame, each with the reference's at the same pixels."""
     short, reference, long = (
         F.interpolate(frame.to(flows[0]), flows[0].shape[2:], mode="bilinear", align_corners=False) for frame in frames
     )
-    step = -(-reference.numel() // MOST_VALUES)
-    pairs = (
-        (safnet_ops.backward_warp(short, flows[0]), reference),
-        (safnet_ops.backward_warp(long, flows[1]), reference),
-    )
-    return [(aligned.flatten()[::step], reference.flatten()[::step]) for aligned, reference in pairs]
+    outer = zip((short, long), flows, strict=True)
+    return [(safnet_ops.backward_warp(frame, flow).flatten(), reference.flatten()) for frame, flow in outer]
 
 
 def _stops(aligned: Tensor, reference: Tensor, given: float) -> float:

@@ -51,8 +51,8 @@ def fuse_exposures(
         model: in eval mode, on the device where the work shall run.
         frames: short, reference, long: (1, 3, H, W) float32, LDR values in [0, 1].
         evs: their exposure values in stops, ascending.
-        measure: find out the outer frames' true exposures and the camera's curve (see `calibrate`), which takes one more
-            alignment, instead of trusting `evs` and assuming gamma 2.2.
+        measure: find out the outer frames' true exposures and the camera's curve (see `calibrate`), instead of trusting
+            `evs` and assuming gamma 2.2.
         tile: side of the refine module's tiles in pixels; 0 for the whole frame, None to choose by the frame's size.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
         progress: called after each step.
@@ -71,10 +71,10 @@ def fuse_exposures(
     tile = tile or max(height, width)
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         progress("aligning", 0, 1)
-        bracket = Calibration(frames, tuple(evs))
+        bracket = Calibration(tuple(evs))
         if measure:
             bracket = calibrate(frames, evs, lambda frames, evs: model.estimate(*inputs(frames, evs))[:2])
-        short, reference, long = inputs(bracket.frames, bracket.evs)
+        short, reference, long = inputs([bracket.straighten(frame) for frame in frames], bracket.evs)
         fusion = model.fuse(short, reference, long, model.estimate(short, reference, long))
         progress("aligning", 1, 1)
         radiance = _refine(model, short, reference, long, fusion, tile, progress)
