@@ -284,7 +284,9 @@ def synthesize(
 
 @app.command("fit-refine")
 def fit_refine(
-    scenes: Annotated[Path, typer.Argument(help="Folder of scenes with truth, or of a data set: its training scenes.")],
+    scenes: Annotated[
+        list[Path], typer.Argument(help="Folders of scenes with truth, or of data sets: their training scenes.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Weights file to write: .safetensors.")],
     model: Annotated[str, typer.Option(help="Model whose flows and masks are kept.")] = "safnet-s",
     variant: Annotated[
@@ -315,7 +317,7 @@ def fit_refine(
             raise ValueError(f"--output {str(output)!r}: the folder {str(output.parent)!r} does not exist")
         if threads is not None:
             torch.set_num_threads(threads)
-        files = find_scenes(dataset, scenes, "Training")
+        files = [scene for folder in scenes for scene in find_scenes(dataset, folder, "Training")]
         for scene in files:
             scene.check()
         network = _load(model, device)

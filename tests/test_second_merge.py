@@ -138,15 +138,17 @@ def test_scenes_of_another_shape_or_with_nan_are_refused():
 
 @VARIANTS
 def test_command_writes_weights_that_differ_in_the_refine_module_alone(tmp_path, variant):
-    write_kalantari17(tmp_path, ["1", "2"])
-    (tmp_path / "Test").rename(tmp_path / "Training")
+    folders = [tmp_path / "some", tmp_path / "others"]
+    for folder, names in zip(folders, (["1", "2"], ["1"]), strict=True):
+        write_kalantari17(folder, names)
+        (folder / "Test").rename(folder / "Training")
     start = make_model()
     save_model(start, tmp_path / "start.safetensors")
-    command = ["fit-refine", str(tmp_path), "--model", str(tmp_path / "start.safetensors"), "--variant", variant]
+    command = ["fit-refine", *map(str, folders), "--model", str(tmp_path / "start.safetensors"), "--variant", variant]
     output = ["-o", str(tmp_path / "fitted.safetensors")]
     result = CliRunner().invoke(app, [*command, *output])
     assert result.exit_code == 0, result.output
-    assert "fitted to 2 scenes" in result.output
+    assert "fitted to 3 scenes" in result.output
     fitted = load_model(tmp_path / "fitted.safetensors")
     assert fitted.variant == variant
     for name, after in fitted.state_dict().items():
