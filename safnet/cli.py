@@ -323,7 +323,6 @@ def fit_refine(
         network = _load(model, device)
         network_device = next(network.parameters()).device
         if variant not in (None, network.variant):
-            torch.manual_seed(0)  # the full refine module's spare channels are random
             start, network = network, SAFNet(variant).to(network_device).eval()
             take_fitting(network, start)
         pictures = Whole(files)

@@ -5,17 +5,18 @@ refine module's layers the differences of the frames from it and from each other
 dark, pixel by pixel; `fit_second_merge` finds how much of each to add. Each colour is treated alone, and where the frames
 agree nothing is added: neither coloured light nor darkness can make the residual large.
 
-In the small model that is all the module does. The full model's has room for much more: its other channels keep their random
-values, reach the result nowhere, and wait for training.
+The full model's refine module has room for twice the parts: the same once more, but only where short and reference frame
+agree in those colours in which the reference is not clipped. Where they do not, the flow is wrong, and what the short frame
+shows is another surface.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from safnet.initialisation import HERE
 from safnet.model import FullRefine, ResidualBlock, SAFNet, SmallRefine
@@ -24,21 +25,7 @@ from safnet.radiance import MU, tone_map
 COLOURS = 3
 
 
-class Channels(NamedTuple):
-    """First channels, three colours each, in the input of the layers that make the parts; and of the parts themselves."""
-
-    short: int
-    reference: int
-    reference_ldr: int
-    long: int
-    fused: int
-    parts: int
-
-
-IN_SMALL = Channels(short=0, reference=6, reference_ldr=9, long=12, fused=24, parts=0)
-# 20 channels are the short frame's, 40 the reference's and the fusion's, 20 the long frame's; what comes first stays as it is.
-IN_FULL = Channels(short=0, reference=20, reference_ldr=23, long=60, fused=26, parts=30)
-# What the residual is made of: factors by the name of what a colour is of.
+# What the residual is made of: factors by the names of Layout.
 DIFFERENCES = (
     {"short": 1.0, "fused": -1.0},
     {"reference": 1.0, "fused": -1.0},
@@ -58,6 +45,7 @@ class Gate(NamedTuple):
 
 GATES = (Gate(0.98, -16.0), Gate(0.35, 10.0), Gate(0.2, 20.0))
 CLIPPED, DARK, NEARLY_BLACK = range(len(GATES))
+DISAGREEMENT = len(GATES)  # in the full model a gate too: open where short and reference frame show the same
 
 
 class Part(NamedTuple):
@@ -80,6 +68,50 @@ PARTS = (
     Part(TO_REFERENCE, -1.0, (DARK,)),
     *(Part(difference, -1.0, (NEARLY_BLACK,)) for difference in (TO_SHORT, TO_REFERENCE, TO_LONG)),
 )
+FULL_PARTS = (
+    *PARTS,
+    *(part._replace(gates=(*part.gates, DISAGREEMENT)) for part in PARTS),
+    Part(TO_REFERENCE, -1.0, (DISAGREEMENT,)),
+)
+# Short and reference frame disagree by what they differ by beyond these, relative to the reference and absolutely.
+NOISE, NOISE_FLOOR = 0.1, 0.002
+UNSURE = Gate(
+    0.95, 20.0
+)  # from here on the reference may be clipped, and its difference from the short frame means nothing
+DISAGREEMENT_SLOPE = 10.0
+
+
+class Layout(NamedTuple):
+    """How a refine module holds a second merge.
+
+    Attributes:
+        short, reference, reference_ldr, long, fused: first channels, of three colours each, in the input of the layers that
+            make the parts.
+        parts: of each colour.
+        free: channels that are 0 there, for the parts of one colour after the other.
+    """
+
+    short: int
+    reference: int
+    reference_ldr: int
+    long: int
+    fused: int
+    parts: tuple[Part, ...]
+    free: Sequence[int]
+
+    def channels(self, colour: int) -> list[int]:
+        """Where a colour's parts are."""
+        return list(self.free[colour * len(self.parts) : (colour + 1) * len(self.parts)])
+
+
+SMALL = Layout(short=0, reference=6, reference_ldr=9, long=12, fused=24, parts=PARTS, free=range(32))
+# 20 channels are the short frame's, 40 the reference's and the fusion's, 20 the long frame's.
+FULL_FREE = (*range(3, 20), *range(29, 60), *range(63, 80))
+FULL = Layout(short=0, reference=20, reference_ldr=23, long=60, fused=26, parts=FULL_PARTS, free=FULL_FREE)
+DISAGREES = FULL_FREE[-1]
+# Outputs of the layer that makes differences and gates: those of one colour after the other.
+PER_COLOUR = len(DIFFERENCES) + len(GATES)
+GATES_OF_ALL = COLOURS * PER_COLOUR
 SAMPLES = 20000  # pixels of a scene that the fit looks at
 RIDGE = 1e-4  # relative to each unknown's own sum of squares: kernels of alike parts must not grow against each other
 FLOOR = 3e-6  # squared error that is as good as none
@@ -89,6 +121,8 @@ TOLERANCE = 0.01  # error beyond which a pixel counts less: motion gone wrong ca
 @torch.no_grad()
 def write_second_merge(refine: SmallRefine | FullRefine) -> None:
     """Make a refine module's features the parts of a second merge; the last layer becomes 0, which is no residual."""
+    for parameter in refine.parameters():
+        parameter.zero_()
     if isinstance(refine, SmallRefine):
         _write_small(refine)
     else:
@@ -96,11 +130,10 @@ def write_second_merge(refine: SmallRefine | FullRefine) -> None:
 
 
 def _write_small(refine: SmallRefine) -> None:
-    _zero(refine)
     layers: list[Any] = list(refine.children())
-    _write_differences(layers[0], IN_SMALL)
+    _write_differences(layers[0], SMALL)
     conv, prelu = layers[1]
-    _write_parts(conv, prelu, IN_SMALL)
+    _write_parts(conv, prelu, SMALL)
     for layer in layers[2:-1]:
         _pass_on(layer, range(COLOURS * len(PARTS)))
 
@@ -113,20 +146,32 @@ def _write_full(refine: FullRefine) -> None:
     layers: list[Any] = list(refine.conv1)
     _pass_on(layers[0], [*range(6), *range(12, 15)])
     _pass_on(layers[1], range(9))
-    for parameter in layers[1][0].parameters():
-        parameter[9:] = 0  # room for the parts
-    blocks = [block for block in refine.children() if isinstance(block, ResidualBlock)]
+    blocks: list[Any] = [block for block in refine.children() if isinstance(block, ResidualBlock)]
     for block in blocks:
-        _zero(block.conv2)
         block.prelu.weight.fill_(1)
-    _write_differences(blocks[-1].conv1, IN_FULL)
-    _write_parts(blocks[-1].conv2, blocks[-1].prelu, IN_FULL)
-    _zero(refine.conv3)
+    _write_disagreement(blocks[0], blocks[1])
+    _write_differences(blocks[-1].conv1, FULL)
+    _write(blocks[-1].conv1[0], GATES_OF_ALL, {DISAGREES: DISAGREEMENT_SLOPE})
+    _write_parts(blocks[-1].conv2, blocks[-1].prelu, FULL)
 
 
-def _zero(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.zero_()
+def _write_disagreement(first: Any, second: Any) -> None:
+    """Mean over colours of relu(|short - reference| - noise), 0 where the reference may be clipped, in channel DISAGREES."""
+    conv = first.conv1[0]
+    for colour in range(COLOURS):
+        _write(conv, colour, {FULL.short + colour: 1.0})
+        _write(conv, COLOURS + colour, {FULL.reference + colour: 1.0})
+        unsure = 2 * COLOURS + colour  # PReLU's slope of 0 makes it a gate
+        _write(conv, unsure, {FULL.reference_ldr + colour: UNSURE.slope}, -UNSURE.slope * UNSURE.edge)
+        for output, sign in ((colour, 1.0), (COLOURS + colour, -1.0)):
+            factors = {colour: sign, COLOURS + colour: -sign - NOISE, unsure: -1.0}
+            _write(first.conv2, FULL.free[output], factors, -NOISE_FLOOR)
+            first.prelu.weight[FULL.free[output]] = 0
+    excess = FULL.free[: 2 * COLOURS]
+    _pass_on(second.conv1, excess)
+    _write(second.conv2, DISAGREES, dict.fromkeys(range(len(excess)), 1 / COLOURS))
+    for channel, output in enumerate(excess):
+        _write(second.conv2, output, {channel: -1.0})  # leaves 0, where the parts go
 
 
 def _pass_on(layer: Any, channels: Iterable[int]) -> None:
@@ -139,32 +184,30 @@ def _pass_on(layer: Any, channels: Iterable[int]) -> None:
 
 def _write(conv: Any, output: int, factors: dict[int, float], bias: float = 0.0) -> None:
     """Make an output the sum of input channels times factors, at the same pixel."""
-    conv.weight[output] = 0
     for channel, factor in factors.items():
         conv.weight[output, channel] = factor * HERE
     conv.bias[output] = bias
 
 
-def _write_differences(layer: Any, channels: Channels) -> None:
-    """Of each colour the differences, then the gates, in as many outputs as it has parts."""
+def _write_differences(layer: Any, layout: Layout) -> None:
+    """Of each colour the differences, then the gates."""
     conv, prelu = layer
     for colour in range(COLOURS):
-        first = colour * len(PARTS)
+        first = colour * PER_COLOUR
         for output, factors in enumerate(DIFFERENCES, first):
-            _write(conv, output, {getattr(channels, name) + colour: factor for name, factor in factors.items()})
+            _write(conv, output, {getattr(layout, name) + colour: factor for name, factor in factors.items()})
             prelu.weight[output] = 1
         for output, gate in enumerate(GATES, first + len(DIFFERENCES)):
-            _write(conv, output, {channels.reference_ldr + colour: gate.slope}, -gate.slope * gate.edge)
-            prelu.weight[output] = 0
+            _write(conv, output, {layout.reference_ldr + colour: gate.slope}, -gate.slope * gate.edge)
 
 
-def _write_parts(conv: Any, prelu: Any, channels: Channels) -> None:
+def _write_parts(conv: Any, prelu: Any, layout: Layout) -> None:
     """Of each colour the parts of the residual: relu(sign * difference - gates), exact where the gates are open."""
     for colour in range(COLOURS):
-        first = colour * len(PARTS)
-        for output, part in enumerate(PARTS, channels.parts + first):
-            gates = {first + len(DIFFERENCES) + gate: -1.0 for gate in part.gates}
-            _write(conv, output, {first + part.difference: part.sign, **gates})
+        first = colour * PER_COLOUR
+        for output, part in zip(layout.channels(colour), layout.parts, strict=True):
+            gates = [GATES_OF_ALL if gate == DISAGREEMENT else first + len(DIFFERENCES) + gate for gate in part.gates]
+            _write(conv, output, {first + part.difference: part.sign, **dict.fromkeys(gates, -1.0)})
             prelu.weight[output] = 0 if part.gates else 1
 
 
@@ -175,7 +218,7 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     Least squares of the tone-mapped error, every scene counting as much as its PSNR-mu.
 
     Args:
-        model: a SAFNet; of a full one, only what the second merge does not need stays in the refine module.
+        model: a SAFNet, small or full.
         scenes: exposures (3, 6, H, W) as the network takes them, and true radiance (3, H, W) in [0, 1].
         scale_factor: as of `SAFNet.estimate`.
 
@@ -188,7 +231,8 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     refine = model.refinenet
     write_second_merge(refine)
     draw = torch.Generator().manual_seed(0)
-    size = 9 * len(PARTS)
+    layout = _layout(refine)
+    size = 9 * len(layout.parts)
     left, right, count = torch.zeros(size, size, dtype=torch.double), torch.zeros(size, dtype=torch.double), 0
     for exposures, truth in scenes:
         _check_scene(exposures, truth, count)
@@ -202,14 +246,13 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     scaled = left / deviation[:, None] / deviation + RIDGE * torch.eye(size, dtype=torch.double)
     solution = torch.linalg.solve(scaled, right / deviation) / deviation
     weight = refine.residual_layer.weight
-    for colour, channels in enumerate(_parts_by_colour(refine)):
-        weight[colour, channels] = solution.to(weight).view(len(PARTS), 3, 3)
+    for colour in range(COLOURS):
+        weight[colour, layout.channels(colour)] = solution.to(weight).view(-1, 3, 3)
     return count
 
 
-def _parts_by_colour(refine: SmallRefine | FullRefine) -> list[slice]:
-    first = (IN_SMALL if isinstance(refine, SmallRefine) else IN_FULL).parts
-    return [slice(start, start + len(PARTS)) for start in range(first, first + COLOURS * len(PARTS), len(PARTS))]
+def _layout(refine: SmallRefine | FullRefine) -> Layout:
+    return SMALL if isinstance(refine, SmallRefine) else FULL
 
 
 def _check_scene(exposures: Tensor, truth: Tensor, number: int) -> None:
@@ -230,7 +273,8 @@ def _equations(
     short, reference, long = (exposure[None].contiguous() for exposure in exposures)
     fusion = model.fuse(short, reference, long, model.estimate(short, reference, long, scale_factor))
     features = model.refinenet.features(model.warp_features(short, long, fusion.alignment), reference, fusion)[0]
-    parts = F.pad(torch.stack([features[channels] for channels in _parts_by_colour(model.refinenet)]), (1, 1, 1, 1))
+    layout = _layout(model.refinenet)
+    parts = F.pad(torch.stack([features[layout.channels(colour)] for colour in range(COLOURS)]), (1, 1, 1, 1))
 
     fused = fusion.fused[0].clamp(0, 1)
     error = tone_map(truth) - tone_map(fused)
