@@ -23,7 +23,7 @@ def load_model(name: str | os.PathLike[str] = "safnet-s") -> SAFNet:
     """A SAFNet in eval mode, from a shipped model's name or a weights file.
 
     Args:
-        name: "safnet" (full) or "safnet-s" (small), where shipped, or the path of a .safetensors or .pth state dict. The
+        name: "safnet" (full) or "safnet-s" (small), which are shipped, or the path of a .safetensors or .pth state dict. The
             authors' published .pth files fit unchanged; .pth files are read with weights_only, so they cannot run code.
 
     Raises:

@@ -27,10 +27,12 @@ def test_round_trip(model, suffix, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_shipped_small_model():
-    model = load_model("safnet-s")
-    assert model.variant == "small"
+@pytest.mark.parametrize(("name", "variant"), [("safnet-s", "small"), ("safnet", "full")])
+def test_shipped_models(name, variant):
+    model = load_model(name)
+    assert model.variant == variant
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.refinenet.residual_layer.weight.any()
 
 
 def test_unknown_name():
