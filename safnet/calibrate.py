@@ -133,12 +133,13 @@ def _shrink(frame: Tensor) -> Tensor:
 
 
 def _aligned(frames: Sequence[Tensor], flows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """LDR values (n) of the aligned short and long frame, each with the reference's at the same pixels."""
+    """LDR values (n) of the aligned short and long frame, each with the reference's at the same pixels; 0 for NaN."""
     short, reference, long = (
         F.interpolate(frame.to(flows[0]), flows[0].shape[2:], mode="bilinear", align_corners=False) for frame in frames
     )
+    reference = reference.flatten().nan_to_num()
     outer = zip((short, long), flows, strict=True)
-    return [(safnet_ops.backward_warp(frame, flow).flatten(), reference.flatten()) for frame, flow in outer]
+    return [(safnet_ops.backward_warp(frame, flow).flatten().nan_to_num(), reference) for frame, flow in outer]
 
 
 def _stops(aligned: Tensor, reference: Tensor, given: float) -> float:

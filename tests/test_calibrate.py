@@ -105,6 +105,14 @@ def test_what_does_not_show_stays_as_given():
     assert calibrate(pixel, EVS, lambda frames, evs: [torch.zeros(1, 2, 1, 1)] * 2).curve is None
 
 
+def test_nan_hides_no_exposure():
+    frames, _ = shoot()
+    for frame in frames:
+        frame[..., 10:20, 30:60] = torch.nan
+    assert measure_evs(frames, STILL, (-1.8, 0.0, 2.1)) == pytest.approx(EVS, abs=0.02)
+    assert measure_curve(frames, STILL, EVS) is None
+
+
 def test_exposures_that_would_not_ascend_stay_as_given():
     frames, _ = shoot()
     assert measure_evs([frames[1], frames[1], frames[2]], STILL, EVS) == EVS
