@@ -2,16 +2,14 @@
 
 The explicit fusion weighs frames by fixed triangles and by masks of half the picture's size. `write_second_merge` gives the
 refine module's layers the differences of the frames from it and from each other, let through where the reference is clipped or
-dark, pixel by pixel; `fit_second_merge` finds how much of each to add. Each colour is treated alone, and where the frames
-agree nothing is added: neither coloured light nor darkness can make the residual large.
-
-The full model's refine module has room for twice the parts: the same once more, but only where short and reference frame
-agree in those colours in which the reference is not clipped. Where they do not, the flow is wrong, and what the short frame
-shows is another surface.
+dark, pixel by pixel; `fit_second_merge` finds how much of each to add. No colour adds to another, and where the frames agree
+nothing is added: neither coloured light nor darkness can make the residual large. Where the reference is clipped, its other
+colours tell whether the short frame shows the same surface: if they disagree, the flow is wrong.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +23,8 @@ from safnet.radiance import MU, tone_map
 COLOURS = 3
 
 
-# What the residual is made of: factors by the names of Layout.
+FRAMES = ("short", "reference", "long", "fused")
+# What the residual is made of: factors of frames.
 DIFFERENCES = (
     {"short": 1.0, "fused": -1.0},
     {"reference": 1.0, "fused": -1.0},
@@ -43,75 +42,56 @@ class Gate(NamedTuple):
     slope: float
 
 
-GATES = (Gate(0.98, -16.0), Gate(0.35, 10.0), Gate(0.2, 20.0))
-CLIPPED, DARK, NEARLY_BLACK = range(len(GATES))
-DISAGREEMENT = len(GATES)  # in the full model a gate too: open where short and reference frame show the same
+GATES = (Gate(0.98, -16.0), Gate(0.35, 10.0), Gate(0.2, 20.0), Gate(0.95, 20.0))
+CLIPPED, DARK, NEARLY_BLACK, SURELY_NOT_CLIPPED = range(len(GATES))
+# Short and reference frame disagree by what they differ by beyond these, relative to the reference and absolutely.
+NOISE, NOISE_FLOOR = 0.1, 0.002
+DISAGREEMENT_SLOPE = 10.0  # of the mean over colours
 
 
 class Part(NamedTuple):
-    """A difference, its sign, and the gates that must be open for its positive values to pass; without gates all pass."""
+    """A difference, its sign, and the gates that must be open for its positive values to pass; without gates all pass.
+
+    `agreeing` is one gate more: short and reference frame must agree in the colours that are surely not clipped.
+    """
 
     difference: int
     sign: float
     gates: tuple[int, ...]
+    agreeing: bool = False
 
 
-# Chosen among 91 as the ten of a colour, which is what 32 channels hold, whose least squares fit leaves the smallest error.
-PARTS = (
-    Part(TO_REFERENCE, 1.0, ()),
+IN_HIGHLIGHTS = (
     Part(TO_SHORT, 1.0, (CLIPPED,)),
     # The radiance is at least the reference's where that is clipped: a darker short frame shows something else.
     Part(TO_REFERENCE, -1.0, (CLIPPED,)),
     Part(SHORT_ABOVE, -1.0, (CLIPPED,)),
     Part(SHORT_FAR_BELOW, -1.0, (CLIPPED,)),
+)
+# Chosen among 91 as the ten of a colour, which is what 32 channels hold, whose least squares fit leaves the smallest error.
+PARTS = (
+    Part(TO_REFERENCE, 1.0, ()),
+    *(part._replace(agreeing=True) for part in IN_HIGHLIGHTS),
     Part(TO_REFERENCE, 1.0, (DARK,)),
     Part(TO_REFERENCE, -1.0, (DARK,)),
     *(Part(difference, -1.0, (NEARLY_BLACK,)) for difference in (TO_SHORT, TO_REFERENCE, TO_LONG)),
 )
+# The full model has room for more: highlights where the frames disagree too, shadows where they agree.
 FULL_PARTS = (
     *PARTS,
-    *(part._replace(gates=(*part.gates, DISAGREEMENT)) for part in PARTS),
-    Part(TO_REFERENCE, -1.0, (DISAGREEMENT,)),
+    *IN_HIGHLIGHTS,
+    Part(TO_REFERENCE, -1.0, (), agreeing=True),
+    Part(TO_REFERENCE, 1.0, (DARK,), agreeing=True),
+    Part(TO_REFERENCE, -1.0, (DARK,), agreeing=True),
 )
-# Short and reference frame disagree by what they differ by beyond these, relative to the reference and absolutely.
-NOISE, NOISE_FLOOR = 0.1, 0.002
-UNSURE = Gate(
-    0.95, 20.0
-)  # from here on the reference may be clipped, and its difference from the short frame means nothing
-DISAGREEMENT_SLOPE = 10.0
-
-
-class Layout(NamedTuple):
-    """How a refine module holds a second merge.
-
-    Attributes:
-        short, reference, reference_ldr, long, fused: first channels, of three colours each, in the input of the layers that
-            make the parts.
-        parts: of each colour.
-        free: channels that are 0 there, for the parts of one colour after the other.
-    """
-
-    short: int
-    reference: int
-    reference_ldr: int
-    long: int
-    fused: int
-    parts: tuple[Part, ...]
-    free: Sequence[int]
-
-    def channels(self, colour: int) -> list[int]:
-        """Where a colour's parts are."""
-        return list(self.free[colour * len(self.parts) : (colour + 1) * len(self.parts)])
-
-
-SMALL = Layout(short=0, reference=6, reference_ldr=9, long=12, fused=24, parts=PARTS, free=range(32))
-# 20 channels are the short frame's, 40 the reference's and the fusion's, 20 the long frame's.
-FULL_FREE = (*range(3, 20), *range(29, 60), *range(63, 80))
-FULL = Layout(short=0, reference=20, reference_ldr=23, long=60, fused=26, parts=FULL_PARTS, free=FULL_FREE)
-DISAGREES = FULL_FREE[-1]
-# Outputs of the layer that makes differences and gates: those of one colour after the other.
-PER_COLOUR = len(DIFFERENCES) + len(GATES)
-GATES_OF_ALL = COLOURS * PER_COLOUR
+# Outputs of the layer before the parts: frames, gates, and by how much short and reference frame disagree, either way.
+FIRST_GATE = COLOURS * len(FRAMES)
+FIRST_EXCESS = FIRST_GATE + COLOURS * len(GATES)
+# Channels in the full refine module: 20 are the short frame's, 40 the reference's and the fusion's, 20 the long frame's.
+IN_SMALL = {"short": 0, "reference": 6, "ldr": 9, "long": 12, "fused": 24}
+IN_FULL = {"short": 0, "reference": 20, "ldr": 23, "fused": 26, "long": 60}
+GATES_IN_FULL = 3
+PARTS_IN_FULL = (*range(15, 20), *range(29, 60), *range(63, 80))
 SAMPLES = 20000  # pixels of a scene that the fit looks at
 RIDGE = 1e-4  # relative to each unknown's own sum of squares: kernels of alike parts must not grow against each other
 FLOOR = 3e-6  # squared error that is as good as none
@@ -131,10 +111,13 @@ def write_second_merge(refine: SmallRefine | FullRefine) -> None:
 
 def _write_small(refine: SmallRefine) -> None:
     layers: list[Any] = list(refine.children())
-    _write_differences(layers[0], SMALL)
-    conv, prelu = layers[1]
-    _write_parts(conv, prelu, SMALL)
-    for layer in layers[2:-1]:
+    for frame, name in enumerate(FRAMES):
+        _pass_on(layers[0], range(IN_SMALL[name], IN_SMALL[name] + COLOURS), COLOURS * frame)
+    _write_gates(layers[0][0], IN_SMALL["ldr"], FIRST_GATE)
+    _write_excess(layers[1], {name: COLOURS * frame for frame, name in enumerate(FRAMES)}, FIRST_GATE)
+    conv, prelu = layers[2]
+    _write_parts(conv, prelu, refine)
+    for layer in layers[3:-1]:
         _pass_on(layer, range(COLOURS * len(PARTS)))
 
 
@@ -149,35 +132,17 @@ def _write_full(refine: FullRefine) -> None:
     blocks: list[Any] = [block for block in refine.children() if isinstance(block, ResidualBlock)]
     for block in blocks:
         block.prelu.weight.fill_(1)
-    _write_disagreement(blocks[0], blocks[1])
-    _write_differences(blocks[-1].conv1, FULL)
-    _write(blocks[-1].conv1[0], GATES_OF_ALL, {DISAGREES: DISAGREEMENT_SLOPE})
-    _write_parts(blocks[-1].conv2, blocks[-1].prelu, FULL)
+    *_, gates, parts = blocks
+    _write_gates(gates.conv1[0], IN_FULL["ldr"], 0)
+    _pass_on((gates.conv2, gates.prelu), range(COLOURS * len(GATES)), GATES_IN_FULL)
+    _write_excess(parts.conv1, IN_FULL, GATES_IN_FULL)
+    _write_parts(parts.conv2, parts.prelu, refine)
 
 
-def _write_disagreement(first: Any, second: Any) -> None:
-    """Mean over colours of relu(|short - reference| - noise), 0 where the reference may be clipped, in channel DISAGREES."""
-    conv = first.conv1[0]
-    for colour in range(COLOURS):
-        _write(conv, colour, {FULL.short + colour: 1.0})
-        _write(conv, COLOURS + colour, {FULL.reference + colour: 1.0})
-        unsure = 2 * COLOURS + colour  # PReLU's slope of 0 makes it a gate
-        _write(conv, unsure, {FULL.reference_ldr + colour: UNSURE.slope}, -UNSURE.slope * UNSURE.edge)
-        for output, sign in ((colour, 1.0), (COLOURS + colour, -1.0)):
-            factors = {colour: sign, COLOURS + colour: -sign - NOISE, unsure: -1.0}
-            _write(first.conv2, FULL.free[output], factors, -NOISE_FLOOR)
-            first.prelu.weight[FULL.free[output]] = 0
-    excess = FULL.free[: 2 * COLOURS]
-    _pass_on(second.conv1, excess)
-    _write(second.conv2, DISAGREES, dict.fromkeys(range(len(excess)), 1 / COLOURS))
-    for channel, output in enumerate(excess):
-        _write(second.conv2, output, {channel: -1.0})  # leaves 0, where the parts go
-
-
-def _pass_on(layer: Any, channels: Iterable[int]) -> None:
-    """Make a layer's first outputs the given input channels."""
+def _pass_on(layer: Any, channels: Iterable[int], first: int = 0) -> None:
+    """Make a layer's outputs from `first` on the given input channels."""
     conv, prelu = layer
-    for output, channel in enumerate(channels):
+    for output, channel in enumerate(channels, first):
         _write(conv, output, {channel: 1.0})
         prelu.weight[output] = 1
 
@@ -189,26 +154,47 @@ def _write(conv: Any, output: int, factors: dict[int, float], bias: float = 0.0)
     conv.bias[output] = bias
 
 
-def _write_differences(layer: Any, layout: Layout) -> None:
-    """Of each colour the differences, then the gates."""
-    conv, prelu = layer
-    for colour in range(COLOURS):
-        first = colour * PER_COLOUR
-        for output, factors in enumerate(DIFFERENCES, first):
-            _write(conv, output, {getattr(layout, name) + colour: factor for name, factor in factors.items()})
-            prelu.weight[output] = 1
-        for output, gate in enumerate(GATES, first + len(DIFFERENCES)):
-            _write(conv, output, {layout.reference_ldr + colour: gate.slope}, -gate.slope * gate.edge)
+def _write_gates(conv: Any, ldr: int, first: int) -> None:
+    """Outputs from `first` on: the gates of one colour after the other. PReLUs' slopes of 0 make them gates."""
+    outputs = product(range(COLOURS), GATES)
+    for output, (colour, gate) in enumerate(outputs, first):
+        _write(conv, output, {ldr + colour: gate.slope}, -gate.slope * gate.edge)
 
 
-def _write_parts(conv: Any, prelu: Any, layout: Layout) -> None:
+def _write_excess(layer: Any, frames: dict[str, int], gates: int) -> None:
+    """Frames and gates passed on, and of each colour relu(+-(short - reference) - noise - gate)."""
+    for frame, name in enumerate(FRAMES):
+        _pass_on(layer, range(frames[name], frames[name] + COLOURS), COLOURS * frame)
+    _pass_on(layer, range(gates, gates + COLOURS * len(GATES)), FIRST_GATE)
+    outputs = product(range(COLOURS), (1.0, -1.0))
+    for output, (colour, sign) in enumerate(outputs, FIRST_EXCESS):
+        factors = {frames["short"] + colour: sign, frames["reference"] + colour: -sign - NOISE}
+        _write(layer[0], output, {**factors, gates + colour * len(GATES) + SURELY_NOT_CLIPPED: -1.0}, -NOISE_FLOOR)
+
+
+def _write_parts(conv: Any, prelu: Any, refine: SmallRefine | FullRefine) -> None:
     """Of each colour the parts of the residual: relu(sign * difference - gates), exact where the gates are open."""
+    disagreement = dict.fromkeys(range(FIRST_EXCESS, FIRST_EXCESS + 2 * COLOURS), -DISAGREEMENT_SLOPE / COLOURS)
     for colour in range(COLOURS):
-        first = colour * PER_COLOUR
-        for output, part in zip(layout.channels(colour), layout.parts, strict=True):
-            gates = [GATES_OF_ALL if gate == DISAGREEMENT else first + len(DIFFERENCES) + gate for gate in part.gates]
-            _write(conv, output, {first + part.difference: part.sign, **dict.fromkeys(gates, -1.0)})
-            prelu.weight[output] = 0 if part.gates else 1
+        for output, part in zip(_channels(refine, colour), _parts(refine), strict=True):
+            frames = {
+                COLOURS * FRAMES.index(name) + colour: part.sign * factor
+                for name, factor in DIFFERENCES[part.difference].items()
+            }
+            gates = {FIRST_GATE + colour * len(GATES) + gate: -1.0 for gate in part.gates}
+            _write(conv, output, {**frames, **gates, **(disagreement if part.agreeing else {})})
+            prelu.weight[output] = 0 if part.gates or part.agreeing else 1
+
+
+def _parts(refine: SmallRefine | FullRefine) -> tuple[Part, ...]:
+    return PARTS if isinstance(refine, SmallRefine) else FULL_PARTS
+
+
+def _channels(refine: SmallRefine | FullRefine, colour: int) -> list[int]:
+    """Where a colour's parts are in the module's features."""
+    count = len(_parts(refine))
+    room = range(COLOURS * count) if isinstance(refine, SmallRefine) else PARTS_IN_FULL
+    return list(room[colour * count : (colour + 1) * count])
 
 
 @torch.no_grad()
@@ -231,8 +217,7 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     refine = model.refinenet
     write_second_merge(refine)
     draw = torch.Generator().manual_seed(0)
-    layout = _layout(refine)
-    size = 9 * len(layout.parts)
+    size = 9 * len(_parts(refine))
     left, right, count = torch.zeros(size, size, dtype=torch.double), torch.zeros(size, dtype=torch.double), 0
     for exposures, truth in scenes:
         _check_scene(exposures, truth, count)
@@ -247,12 +232,8 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     solution = torch.linalg.solve(scaled, right / deviation) / deviation
     weight = refine.residual_layer.weight
     for colour in range(COLOURS):
-        weight[colour, layout.channels(colour)] = solution.to(weight).view(-1, 3, 3)
+        weight[colour, _channels(refine, colour)] = solution.to(weight).view(-1, 3, 3)
     return count
-
-
-def _layout(refine: SmallRefine | FullRefine) -> Layout:
-    return SMALL if isinstance(refine, SmallRefine) else FULL
 
 
 def _check_scene(exposures: Tensor, truth: Tensor, number: int) -> None:
@@ -273,8 +254,8 @@ def _equations(
     short, reference, long = (exposure[None].contiguous() for exposure in exposures)
     fusion = model.fuse(short, reference, long, model.estimate(short, reference, long, scale_factor))
     features = model.refinenet.features(model.warp_features(short, long, fusion.alignment), reference, fusion)[0]
-    layout = _layout(model.refinenet)
-    parts = F.pad(torch.stack([features[layout.channels(colour)] for colour in range(COLOURS)]), (1, 1, 1, 1))
+    by_colour = torch.stack([features[_channels(model.refinenet, colour)] for colour in range(COLOURS)])
+    parts = F.pad(by_colour, (1, 1, 1, 1))
 
     fused = fusion.fused[0].clamp(0, 1)
     error = tone_map(truth) - tone_map(fused)

@@ -65,7 +65,7 @@ def test_the_full_model_merges_as_the_small_one_does_where_it_has_the_same_parts
     models = [make_model(variant) for variant in ("small", "full")]
     models[1].decoder.load_state_dict(models[0].decoder.state_dict())
     models[1].encoder.load_state_dict(models[0].encoder.state_dict())
-    monkeypatch.setattr(second_merge, "FULL", second_merge.FULL._replace(parts=second_merge.PARTS))
+    monkeypatch.setattr(second_merge, "FULL_PARTS", second_merge.PARTS)
     for model in models:
         fit_second_merge(model, [make_frames(seed) for seed in range(3)])
     small, full = (results(model, make_frames(seed=7)[0])[1] for model in models)
@@ -73,38 +73,46 @@ def test_the_full_model_merges_as_the_small_one_does_where_it_has_the_same_parts
 
 
 @pytest.mark.parametrize("disagreeing", [None, 1, 2])
-def test_the_full_model_has_parts_that_close_where_frames_disagree_in_any_colour(disagreeing):
+@VARIANTS
+def test_highlights_are_mended_where_the_other_colours_agree(variant, disagreeing):
     """Red is clipped and the short frame brighter there; another colour tells whether it shows the same surface."""
-    refine = SAFNet("full").refinenet
+    refine = SAFNet(variant).refinenet
     write_second_merge(refine)
     linear, ldr = torch.tensor([0.25, 0.1, 0.05]), torch.tensor([1.0, 0.66, 0.48])
-    reference = torch.cat([linear, ldr]).view(1, 6, 1, 1).expand(1, 6, 40, 40)
-    short = linear + torch.tensor([0.3, 0.004, 0.002])  # the others within the noise
+
+    def spread(*values):
+        return torch.cat(values).view(1, -1, 1, 1).expand(1, -1, 40, 40)
+
+    brighter = linear + torch.tensor([0.3, 0.004, 0.002])  # the others within the noise
     if disagreeing is not None:
-        short[disagreeing] += 0.3
-    short = short.view(1, 3, 1, 1).expand(1, 3, 40, 40)
+        brighter[disagreeing] += 0.3
+    rest = torch.zeros(3 if variant == "small" else 17)
     flow, mask = torch.zeros(1, 2, 40, 40), torch.full((1, 1, 40, 40), 0.5)
-    fusion = Fusion(linear.view(1, 3, 1, 1).expand(1, 3, 40, 40), Alignment(flow, flow, mask, mask))
-    warped = torch.cat([short, torch.zeros(1, 17, 40, 40)], 1), torch.zeros(1, 20, 40, 40)
+    fusion = Fusion(spread(linear), Alignment(flow, flow, mask, mask))
+    warped = spread(brighter, rest), spread(linear, rest)
     with torch.no_grad():
-        features = refine.features(warped, reference, fusion)[0, :, 20, 20]
-    parts, gated = features[second_merge.FULL.channels(0)][1], features[second_merge.FULL.channels(0)][11]
-    assert parts == pytest.approx(0.3, abs=1e-6)
-    assert gated == pytest.approx(0.3 if disagreeing is None else 0.0, abs=0.002)
+        features = refine.features(warped, spread(linear, ldr), fusion)[0, :, 20, 20]
+    parts = dict(zip(second_merge._parts(refine), features[second_merge._channels(refine, 0)].tolist(), strict=True))
+    mended = second_merge.Part(second_merge.TO_SHORT, 1.0, (second_merge.CLIPPED,))
+    assert parts[mended._replace(agreeing=True)] == pytest.approx(0.3 if disagreeing is None else 0.0, abs=1e-5)
+    assert parts.get(mended, 0.3) == pytest.approx(0.3, abs=1e-5)
 
 
-@pytest.mark.parametrize("flipped", range(3))
-def test_each_colour_is_refined_alone(flipped):
-    model = make_model()
+@VARIANTS
+def test_no_colour_adds_to_another(variant):
+    """Where nothing disagrees: another colour's highlights change nothing."""
+    model = make_model(variant)
     fit_second_merge(model, [make_frames()])
     exposures, _ = make_frames(seed=5)
+    exposures[0] = exposures[1]  # as if the short frame had the reference's noise and range
+    exposures[0, :3], exposures[1, :3] = exposures[2, :3], exposures[2, :3]
     changed = exposures.clone()
-    changed[:, [flipped, flipped + 3]] = changed[:, [flipped, flipped + 3]].flip(-1)
+    changed[:, [0, 3]] = changed[:, [0, 3]].flip(-1)
     (fused, refined), (fused_changed, refined_changed) = results(model, exposures), results(model, changed)
-    others = [colour for colour in range(3) if colour != flipped]
-    torch.testing.assert_close(fused_changed[others], fused[others])
-    torch.testing.assert_close(refined_changed[others], refined[others])
-    assert not torch.allclose(refined_changed[flipped], refined[flipped])
+    torch.testing.assert_close(fused_changed[1:], fused[1:])
+    torch.testing.assert_close(refined_changed[1:], refined[1:])
+    assert not torch.allclose(refined, fused)
+    assert not torch.allclose(refined_changed[0], refined[0])
 
 
 def test_the_residual_of_dark_pictures_is_as_small_as_they_are():
