@@ -28,7 +28,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 
 demo: $(VENV)/run.stamp
 	@mkdir -p demo
-	$(BIN)/safnet fuse examples/bracket --model safnet -o demo/fused.exr --preview demo/preview.png --inspect demo/steps --overwrite
+	$(BIN)/safnet fuse examples/bracket -o demo/fused.exr --preview demo/preview.png --inspect demo/steps --overwrite
 	@echo "The HDR picture is demo/fused.exr, a picture to look at demo/preview.png, and how it was made demo/steps/sheet.png"
 
 test: $(VENV)/dev.stamp
