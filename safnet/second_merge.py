@@ -68,7 +68,8 @@ IN_HIGHLIGHTS = (
     Part(SHORT_ABOVE, -1.0, (CLIPPED,)),
     Part(SHORT_FAR_BELOW, -1.0, (CLIPPED,)),
 )
-# Chosen among 91 as the ten of a colour, which is what 32 channels hold, whose least squares fit leaves the smallest error.
+# Chosen among 91, before there was `agreeing`, as the ten of a colour, which is what 32 channels hold, whose least squares fit
+# leaves the smallest error.
 PARTS = (
     Part(TO_REFERENCE, 1.0, ()),
     *(part._replace(agreeing=True) for part in IN_HIGHLIGHTS),
