@@ -62,7 +62,11 @@ def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> C
         evs: exposure values in stops, ascending.
         align: frames and EVs -> flows of short and long (1, 2, h, w) from the reference, in pixels of h x w, where the frames
             are compared.
+
+    Raises:
+        ValueError: not three frames of that shape and one size, or not three finite EVs that ascend.
     """
+    _check(frames, evs)
     frames = [_shrink(frame) for frame in frames]
     flows = align(frames, evs)
     found = Calibration(tuple(evs), measure_curve(frames, flows, evs))
@@ -121,6 +125,14 @@ def develop(frame: Tensor, curve: Tensor) -> Tensor:
     position = frame.clamp(0, 1).sqrt() * (KNOTS - 1)
     knot = position.long().clamp(max=KNOTS - 2)
     return frame * (torch.lerp(curve[knot], curve[knot + 1], position - knot) / GAMMA).exp2()
+
+
+def _check(frames: Sequence[Tensor], evs: Sequence[float]) -> None:
+    shapes = [tuple(frame.shape) for frame in frames]
+    if len(shapes) != 3 or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][:2] != (1, 3):
+        raise ValueError(f"calibrate: frames must be three of (1, 3, H, W), got {shapes}")
+    if len(evs) != 3 or not all(map(math.isfinite, evs)) or any(low >= high for low, high in pairwise(evs)):
+        raise ValueError(f"calibrate: evs must be three finite numbers that ascend, got {tuple(evs)}")
 
 
 def _shrink(frame: Tensor) -> Tensor:

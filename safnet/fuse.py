@@ -45,7 +45,7 @@ def fuse_exposures(
     precision: torch.dtype = torch.float32,
     progress: Progress = lambda stage, done, total: None,
 ) -> Result:
-    """Fuse three LDR frames; equal to the model's forward to 1e-4, in memory that tiles keep in bounds.
+    """Fuse three LDR frames; unless measuring, equal to the model's forward to 1e-4, in memory that tiles keep in bounds.
 
     Args:
         model: in eval mode, on the device where the work shall run.

@@ -118,6 +118,20 @@ def test_exposures_that_would_not_ascend_stay_as_given():
     assert measure_evs([frames[1], frames[1], frames[2]], STILL, EVS) == EVS
 
 
+@pytest.mark.parametrize("evs", [(0.0, 2.0), (2.0, 0.0, -2.0), (-2.0, 0.0, float("nan"))])
+def test_evs_that_do_not_ascend_are_refused(evs):
+    frames, _ = shoot()
+    with pytest.raises(ValueError, match=r"evs must be three finite numbers that ascend, got \("):
+        calibrate(frames, evs, lambda *_: STILL)
+
+
+def test_frames_of_another_shape_are_refused():
+    frames, _ = shoot()
+    for wrong in (frames[:2], [frame[0] for frame in frames], [*frames[:2], frames[2][..., 1:]]):
+        with pytest.raises(ValueError, match=r"frames must be three of \(1, 3, H, W\), got \["):
+            calibrate(wrong, EVS, lambda *_: STILL)
+
+
 def test_develop_keeps_black_white_and_order():
     curve = torch.linspace(3, 0, KNOTS)
     ldr = torch.linspace(0, 1, 256).view(1, 1, 1, 256)
