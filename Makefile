@@ -45,7 +45,7 @@ ifeq ($(filter /%,$(LIBASAN)),)
 	@echo "make sanitize: $(CXX) has no libasan.so (it comes with GCC): nothing was sanitized"; test -z "$$CI"
 else
 	CXX=$(CXX) SAFNET_OPS_SANITIZE=1 FORCE_CUDA=0 $(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
-	LD_PRELOAD="$(LIBASAN) $(LIBUBSAN)" ASAN_OPTIONS=detect_leaks=0 $(RUN) pytest -s -o pythonpath="tests $(SANITIZED)" tests/ops \
+	LD_PRELOAD="$(LIBASAN) $(LIBUBSAN)" ASAN_OPTIONS=detect_leaks=0 $(RUN) pytest -s -o pythonpath="$(SANITIZED) ." tests/safnet_ops --ignore=tests/safnet_ops/cuda --ignore=tests/safnet_ops/triton \
 		-m "not slow" -k "not compile and not export and not gradcheck and not opcheck"
 endif
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from safnet.timing import device_name, peak_memory_of
+from safnet.evaluation.timing import device_name, peak_memory_of
 
 CPU = torch.device("cpu")
 

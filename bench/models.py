@@ -18,11 +18,11 @@ import safnet_ops
 from bench.baselines import stock_operators
 from bench.case import WrongResult
 from bench.measure import CPU, Times, in_turns
+from safnet.evaluation.timing import peak_memory_of
 from safnet.exposures import open_bracket
 from safnet.images import read_ldr
 from safnet.model import SAFNet, Variant
 from safnet.radiance import exposure_input, exposure_ratios, tone_map
-from safnet.timing import peak_memory_of
 
 HEIGHT, WIDTH = 500, 752
 VARIANTS: tuple[Variant, ...] = ("full", "small")

@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 
 import safnet_ops
-from safnet.perceptual import VGG16
-from safnet.timing import device_name
-from safnet.train import Training
-from safnet.train_data import CachedScenes, Crop, Crops, open_scenes
-from safnet.train_settings import TrainSettings, read_configuration
+from safnet.evaluation.timing import device_name
+from safnet.training.crops import CachedScenes, Crop, Crops, open_scenes
+from safnet.training.perceptual import VGG16
+from safnet.training.run import Training
+from safnet.training.settings import TrainSettings, read_configuration
 
 ROUNDS = 5  # of a step on each kind of operators, by turns
 # Names of the profiler's events, by what they belong to; the first that fits counts.

@@ -176,13 +176,21 @@ def evaluate(
         import torch
         from rich.console import Console
 
-        from safnet.baselines import BASELINES
-        from safnet.datasets import find_scenes
-        from safnet.evaluate import BaselineMethod, Method, ModelMethod, PredictionMethod, Settings, weights_hash
-        from safnet.evaluate import evaluate as score_methods
-        from safnet.matlab import MatlabExport
-        from safnet.report import Run, describe_environment, now, print_tables, write_csv, write_html, write_json
-        from safnet.timing import time_model
+        from safnet.data.datasets import find_scenes
+        from safnet.evaluation.baselines import BASELINES
+        from safnet.evaluation.matlab import MatlabExport
+        from safnet.evaluation.report import (
+            Run,
+            describe_environment,
+            now,
+            print_tables,
+            write_csv,
+            write_html,
+            write_json,
+        )
+        from safnet.evaluation.run import BaselineMethod, Method, ModelMethod, PredictionMethod, Settings, weights_hash
+        from safnet.evaluation.run import evaluate as score_methods
+        from safnet.evaluation.timing import time_model
         from safnet.weights import weights_path
 
         started = now()
@@ -263,8 +271,8 @@ def synthesize(
     with _one_line_errors():
         import torch
 
-        from safnet.scenes import SceneSettings
-        from safnet.scenes import synthesize as write_scenes
+        from safnet.data.scenes import SceneSettings
+        from safnet.data.scenes import synthesize as write_scenes
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -303,10 +311,10 @@ def fit_refine(
     with _one_line_errors():
         import torch
 
-        from safnet.datasets import find_scenes
+        from safnet.data.datasets import find_scenes
         from safnet.model import SAFNet
-        from safnet.second_merge import fit_second_merge
-        from safnet.train_data import Whole
+        from safnet.training.crops import Whole
+        from safnet.training.second_merge import fit_second_merge
         from safnet.weights import save_model, take_fitting
 
         if output.suffix != ".safetensors":
@@ -343,7 +351,7 @@ def fit_refine(
 def _read_settings(context: typer.Context, name: str | None) -> str | None:
     """Make a configuration file's values the defaults of the command's options."""
     if name is not None:
-        from safnet.train_settings import read_configuration
+        from safnet.training.settings import read_configuration
 
         with _one_line_errors():
             context.default_map = read_configuration(name)
@@ -356,10 +364,10 @@ def train(config: str | None = None, **options: Any) -> None:
     All options may also stand in a YAML file that --config names; those on the command line win.
     """
     with _one_line_errors():
-        from safnet.train_settings import TrainSettings
+        from safnet.training.settings import TrainSettings
 
         try:
-            from safnet.train import train as run
+            from safnet.training.run import train as run
         except ImportError as error:
             raise ValueError(f"training needs more packages ({error}); pip install 'safnet-ops[train]'") from error
         settings = TrainSettings(**options)
@@ -372,7 +380,7 @@ def train(config: str | None = None, **options: Any) -> None:
 
 def _offer_settings(command: Any) -> None:
     """Give a command `config` and an option for each training setting, and make it part of the app."""
-    from safnet.train_settings import TrainSettings
+    from safnet.training.settings import TrainSettings
 
     hints = get_type_hints(TrainSettings, include_extras=True)
     annotations: dict[str, Any] = {

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from safnet_ops.operators import OPERATORS
+
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-OPERATORS = ("backward_warp", "fused_fuse", "upsample_fuse", "group_conv_shuffle", "census_loss")
 
 _COMPILED = torch.library.Library("safnet_ops", "DEF")
 _TRITON = torch.library.Library("safnet_ops_triton", "DEF")
@@ -31,12 +32,6 @@ def define(schema: str, fake: Callable) -> None:
     for library in (_COMPILED, _TRITON):
         library.define(schema)
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-
-
-def implement_triton(name: str, kernel: Callable) -> None:
-    """Register a Triton implementation; it serves CPU tensors too, where an interpreter of device code launches it."""
-    _TRITON.impl(name, kernel, "CUDA")
-    _TRITON.impl(name, kernel, "CPU")
 
 
 def load() -> None:
@@ -76,9 +71,14 @@ def _load_triton() -> None:
         _missing["triton"] = "this installation has no Triton kernels"
         return
     try:
-        _served["triton"] = frozenset(importlib.import_module("safnet_ops.triton").OPERATORS)
+        kernels = importlib.import_module("safnet_ops.triton").KERNELS
     except ImportError as error:
         _missing["triton"] = f"triton failed to load: {error}"
+        return
+    for name, kernel in kernels.items():
+        _TRITON.impl(name, kernel, "CUDA")
+        _TRITON.impl(name, kernel, "CPU")  # where an interpreter of device code launches it
+    _served["triton"] = frozenset(OPERATORS)
 
 
 def serves(operator: str, backend: str) -> bool:

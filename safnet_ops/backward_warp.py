@@ -9,6 +9,7 @@ from safnet_ops import reference
 from safnet_ops.autograd import reference_gradients, return_gradients
 from safnet_ops.backends import choose, define, kernel
 from safnet_ops.checks import check_shape, check_tensor, empty_gradient, empty_image, needs_gradient, unify_geometry
+from safnet_ops.operators import is_needed, needed_bits
 
 
 def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) -> Tensor:
@@ -58,7 +59,7 @@ class _BackwardWarp(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return None, *reference_gradients(reference.backward_warp, inputs, needed, grads)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        found = kernel(ctx.backend, "backward_warp_backward")(*grads, *inputs, *needed, deterministic)
+        found = kernel(ctx.backend, "backward_warp_backward")(*grads, *inputs, needed_bits(needed), deterministic)
         return None, *return_gradients(found, needed)
 
 
@@ -66,15 +67,12 @@ def _fake_forward(image: Tensor, flow: Tensor) -> Tensor:
     return empty_image(image)
 
 
-def _fake_backward(
-    grad: Tensor, image: Tensor, flow: Tensor, need_image: bool, need_flow: bool, deterministic: bool
-) -> tuple[Tensor, Tensor]:
-    return empty_gradient(image, need_image), empty_gradient(flow, need_flow)
+def _fake_backward(grad: Tensor, image: Tensor, flow: Tensor, needs: int, deterministic: bool) -> tuple[Tensor, Tensor]:
+    return empty_gradient(image, is_needed(needs, 0)), empty_gradient(flow, is_needed(needs, 1))
 
 
 define("backward_warp(Tensor image, Tensor flow) -> Tensor", _fake_forward)
 define(
-    "backward_warp_backward(Tensor grad, Tensor image, Tensor flow, bool need_image, bool need_flow, bool deterministic)"
-    " -> (Tensor, Tensor)",
+    "backward_warp_backward(Tensor grad, Tensor image, Tensor flow, int needs, bool deterministic) -> (Tensor, Tensor)",
     _fake_backward,
 )

@@ -17,6 +17,7 @@ from safnet_ops.checks import (
     needs_gradient,
     unify_geometry,
 )
+from safnet_ops.operators import is_needed, needed_bits
 
 
 def fused_fuse(
@@ -138,7 +139,7 @@ class _FusedFuse(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             function = _with_logits if ctx.mask_logits else _with_masks
             return None, None, *reference_gradients(function, inputs, needed, grads)
-        bits = sum(1 << position for position, need in enumerate(needed) if need)
+        bits = needed_bits(needed)
         deterministic = torch.are_deterministic_algorithms_enabled()
         found = kernel(ctx.backend, "fused_fuse_backward")(*grads, *inputs, ctx.mask_logits, bits, deterministic)
         return None, None, *return_gradients(found, needed)
@@ -159,7 +160,7 @@ def _fake_forward(short: Tensor, *inputs: Any) -> Tensor:
 def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *tensors, _mask_logits, needs, _deterministic = inputs
     return tuple(
-        grad.new_empty(0) if tensor is None else empty_gradient(tensor, bool(needs >> position & 1))
+        grad.new_empty(0) if tensor is None else empty_gradient(tensor, is_needed(needs, position))
         for position, tensor in enumerate(tensors)
     )
 
@@ -169,7 +170,6 @@ _INPUTS = (
     " Tensor? reference_ldr, Tensor? weight_short, Tensor? weight_reference, Tensor? weight_long, bool mask_logits"
 )
 define(f"fused_fuse({_INPUTS}) -> Tensor", _fake_forward)
-# `needs` holds one bit for each of the eleven tensors, the first in bit 0: set where its gradient is wanted.
 define(
     f"fused_fuse_backward(Tensor grad, {_INPUTS}, int needs, bool deterministic) -> ({', '.join(['Tensor'] * 11)})",
     _fake_backward,

@@ -17,9 +17,7 @@ from safnet_ops.checks import (
     is_channels_last,
     needs_gradient,
 )
-
-# Devices on which an ordinary convolution (groups=1) is faster by this operator than by the library's. SAFNet asks.
-BEATS_LIBRARY = ("cpu",)
+from safnet_ops.operators import is_needed, needed_bits
 
 
 def group_conv_shuffle(
@@ -156,7 +154,7 @@ class _GroupConvShuffle(torch.autograd.Function):
 
             return None, None, *reference_gradients(function, operands, needed, grads)
         input, weight, _bias, prelu_weight, _residual = operands
-        bits = sum(1 << position for position, need in enumerate(needed) if need)
+        bits = needed_bits(needed)
         deterministic = torch.are_deterministic_algorithms_enabled()
         found = kernel(ctx.backend, "group_conv_shuffle_backward")(
             *grads, preactivation, input, weight, prelu_weight, *ctx.geometry, bits, deterministic
@@ -192,7 +190,7 @@ def _fake_backward(
     needs: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wanted = [bool(needs >> position & 1) for position in range(5)]
+    wanted = [is_needed(needs, position) for position in range(5)]
     channels_out = weight.shape[0]
     residual = torch.channels_last if is_channels_last(input) else torch.contiguous_format
     return (
@@ -209,8 +207,7 @@ define(
     " int stride, int dilation, bool save_preactivation) -> (Tensor, Tensor)",
     _fake_forward,
 )
-# `preactivation` (before PReLU and shuffle) is empty where there is no PReLU. `needs` holds one bit for each of input, weight,
-# bias, prelu_weight and residual, the first in bit 0: set where its gradient is wanted. weight.grad is contiguous.
+# `preactivation` (before PReLU and shuffle) is empty where there is no PReLU. The weight's gradient is contiguous.
 define(
     "group_conv_shuffle_backward(Tensor grad, Tensor preactivation, Tensor input, Tensor weight, Tensor? prelu_weight,"
     " int groups, int stride, int dilation, int needs, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

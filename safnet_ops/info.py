@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from safnet_ops import backends
-from safnet_ops.group_conv_shuffle import BEATS_LIBRARY
+from safnet_ops.operators import OPERATORS
 
 BUILD_REPORT = Path(__file__).with_name("build_report.json")
 
 
 def report() -> str:
     """The whole report as text, for people and for bug reports."""
-    return "\n\n".join([_versions(), _build(), _table(), _model(), _reasons()])
+    return "\n\n".join([_versions(), _build(), _table(), _reasons()])
 
 
 def _versions() -> str:
@@ -47,7 +47,7 @@ def _build() -> str:
 def _table() -> str:
     """One row an operator: the backend that CPU and GPU tensors get, and all that are there."""
     rows: list[tuple[str, ...]] = [("operator", "on CPU", "on GPU", "available")]
-    for name in backends.OPERATORS:
+    for name in OPERATORS:
         available = [backend for backend in backends.BACKENDS if backends.serves(name, backend)]
         chosen = [backends.choose(name, torch.device(kind), None) for kind in ("cpu", "cuda")]
         rows.append((name, *chosen, ", ".join(available)))
@@ -57,21 +57,13 @@ def _table() -> str:
     )
 
 
-def _model() -> str:
-    devices = ", ".join(device.upper() for device in BEATS_LIBRARY)
-    return (
-        "SAFNet runs its warps, fusion and grouped convolutions by these operators everywhere, its other 3x3 convolutions "
-        f"on {devices} only: elsewhere the library's are taken to be faster"
-    )
-
-
 def _reasons() -> str:
     lines = []
     for backend in backends.BACKENDS:
-        reasons = {name: backends.why_missing(name, backend) for name in backends.OPERATORS}
+        reasons = {name: backends.why_missing(name, backend) for name in OPERATORS}
         if len(set(reasons.values())) == 1:
-            if reasons[backends.OPERATORS[0]]:
-                lines.append(f"{backend} is missing: {reasons[backends.OPERATORS[0]]}")
+            if reasons[next(iter(OPERATORS))]:
+                lines.append(f"{backend} is missing: {reasons[next(iter(OPERATORS))]}")
         else:
             lines += [f"{backend} is missing for {name}: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(lines) or "nothing is missing"

@@ -152,7 +152,15 @@ def _build(dry_run: bool) -> tuple[bool, str]:
 
 def _test(backend: str, dry_run: bool) -> tuple[bool, str]:
     # Not the conftest.py above: it asks for packages that these tests do without.
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "--confcutdir=tests/cuda", "tests/cuda"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--import-mode=importlib",
+        "--confcutdir=tests/safnet_ops/cuda",
+        "tests/safnet_ops/cuda",
+    ]
     if dry_run:
         command.append("--collect-only")
     return _step(f"tests, {backend}", command, {"SAFNET_OPS_TEST_GPU": backend}, dry_run)

@@ -1,462 +1,38 @@
-"""Writes docs/kernels.md: registers, spills and occupancy of every CUDA kernel, and modelled costs.
+"""Writes docs/kernels.md: registers, spills and modelled costs of the GPU kernels. Needs nvcc and Triton, and no GPU.
 
-    python -m tools.kernel_costs [--so-far]
+    python -m tools.kernel_costs [--cuda] [--triton] [--so-far]  # the whole page, or one part of it
+    python -m tools.kernel_costs --overhead                      # print: host time of calls of Triton kernels
 
-ptxas compiles the kernels for every architecture, ptxsim executes them on the CPU and counts. Takes some minutes, and goes
-on where an interrupted run stopped (build/kernel_costs); needs nvcc, and no GPU.
+Takes some minutes; an interrupted run goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
-import contextlib
-import copy
-import inspect
-import json
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "cuda"), str(ROOT / "tests"), str(ROOT)]
+from simulated_gpu import cuda_costs, device
 
-import ptxsim  # noqa: E402
-import simulated  # noqa: E402
-import torch  # noqa: E402
-from ptxsim import Stats  # noqa: E402
-
-PAGE = ROOT / "docs" / "kernels.md"
-ARCHITECTURES = {  # compute capability: warps and blocks an SM holds (CUDA C++ Programming Guide, compute capabilities)
-    75: (32, 16),
-    80: (64, 32),
-    86: (48, 16),
-    89: (48, 24),
-    90: (64, 32),
-    100: (64, 32),
-    120: (48, 24),
-}
-REGISTERS_OF_SM = 65536
-GPU = "H100"
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What ptxas says of one kernel for one architecture."""
-
-    registers: int
-    stack: int
-    spills: int
-    threads: int
-
-    def occupancy(self, capability: int) -> float:
-        """Share of an SM's warps that registers and threads allow (shared memory not counted)."""
-        warps, blocks = ARCHITECTURES[capability]
-        per_warp = -(-self.registers * 32 // 256) * 256
-        block_warps = self.threads // 32
-        resident = min(REGISTERS_OF_SM // (per_warp * block_warps), warps // block_warps, blocks)
-        return resident * block_warps / warps
-
-
-def compile_ptx(ptx: Path, capability: int) -> dict[str, Compiled]:
-    """Kernel name -> what ptxas says of it, now or when it last compiled the same PTX."""
-    if capability < 80 and not _so_far:
-        ptx = simulated.compile_for_turing(ptx.stem)
-    found = cached(ptx, (str(capability),), lambda: _compile_ptx(ptx, capability))
-    return {name: Compiled(*numbers) for name, numbers in (found or {}).items()}
-
-
-def _compile_ptx(ptx: Path, capability: int) -> dict[str, tuple[int, int, int, int]]:
-    text = ptx.read_text()
-    threads = {name: int(n) for name, n in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", text)}
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["ptxas", "-v", f"-arch=sm_{capability}", str(ptx), "-o", f"{folder}/out.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    found = {}
-    pattern = (
-        r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers"
-    )
-    for name, stack, stores, loads, registers in re.findall(pattern, done.stderr, re.S):
-        found[name] = (int(registers), int(stack), int(stores) + int(loads), threads.get(name, 256))
-    return found
-
-
-def readable(name: str) -> str:
-    """A kernel's name with its template arguments in words."""
-    full = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip() or name
-    full = full.removeprefix("void ").replace("safnet::cuda::", "")
-    full = re.sub(r">\(.*", ">", full)
-    for mangled, word in (
-        ("__half", "float16"),
-        ("__nv_bfloat16", "bfloat16"),
-        ("(int)", ""),
-        ("(bool)1", "true"),
-        ("(bool)0", "false"),
-    ):
-        full = full.replace(mangled, word)
-    return re.sub(r"\b(\w+)<", r"\1<", full).replace("long", "int64").replace(" int,", " int32,")
-
-
-def compile_all(folder: Path, architectures: list[int]) -> dict[tuple[str, int], dict[str, Compiled]]:
-    """(source, compute capability) -> what ptxas says of its kernels."""
-    jobs = [(ptx, capability) for capability in architectures for ptx in sorted(folder.glob("*.ptx"))]
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: compile_ptx(*job), jobs)
-    return {(ptx.stem, capability): result for (ptx, capability), result in zip(jobs, results, strict=True)}
-
-
-def register_tables(results: dict[tuple[str, int], dict[str, Compiled]]) -> str:
-    architectures = sorted({capability for _, capability in results})
-    spilling = [
-        f"`{readable(name)}` for sm_{capability}: stack {found.stack} B, spills {found.spills} B"
-        for (_, capability), result in results.items()
-        for name, found in result.items()
-        if found.spills or found.stack
-    ]
-    total = sum(len(result) for result in results.values())
-    lines = [f"{total} compilations for {len(architectures)} architectures."]
-    missing = [f"{source} for sm_{capability}" for (source, capability), result in results.items() if not result]
-    if missing:
-        lines.append(f"Not compiled yet: {', '.join(missing)}.")
-    if spilling:
-        lines += [f"{len(spilling)} use local memory:", "", *(f"- {line}" for line in spilling)]
-    else:
-        lines.append("None of those compiled has a stack frame, none spills.")
-    header = " | ".join(f"sm_{capability}" for capability in architectures)
-    lines += ["", f"| kernel | {header} |", f"|---|{'---|' * len(architectures)}"]
-    for source in sorted({source for source, _ in results}):
-        names = dict.fromkeys(name for capability in architectures for name in results[source, capability])
-        for name in names:
-            cells = [results[source, capability].get(name) for capability in architectures]
-            shown = [
-                f"{cell.registers} ({cell.occupancy(capability):.0%})" if cell else "-"
-                for cell, capability in zip(cells, architectures, strict=True)
-            ]
-            lines.append(f"| `{readable(name)}` | {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
-Sizes = tuple[int, int]  # height, width
-Call = Callable[[simulated.Device], object]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operator call of the cost table.
-
-    `prepare(height, width, height of the whole picture)` gives the call and the bytes it cannot avoid. It is simulated at two
-    small sizes, from which the counts are extrapolated linearly to the sizes of the table.
-    """
-
-    name: str
-    prepare: Callable[[int, int, int], tuple[Call, int]]
-    simulated: tuple[Sizes, Sizes] | None = None  # default: strips of the picture
-    sizes: tuple[Sizes, ...] = ((1000, 1500), (512, 512))
-
-
-def size_of(*tensors: torch.Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def smooth_flow(height: int, width: int, whole: int) -> torch.Tensor:
-    """A flow of a few pixels, as a moving scene gives; `height` rows of a picture of `whole`."""
-    rows, columns = 6 * height / whole, 6 * width / whole
-    y, x = torch.meshgrid(torch.linspace(0, rows, height), torch.linspace(0, columns, width), indexing="ij")
-    return torch.stack([4 * torch.sin(x + y) + 2.3, 3 * torch.cos(y - x) - 1.7])[None].contiguous()
-
-
-def fuse_inputs(height: int, width: int, whole: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Three pictures, flows, masks and the LDR picture."""
-    images = [torch.rand(1, 3, height, width).to(dtype) for _ in range(4)]
-    flow = smooth_flow(height, width, whole)
-    masks = [torch.rand(1, 1, height, width) for _ in range(2)]
-    return [*images[:3], flow, (-flow).contiguous(), *masks, images[3]]
-
-
-def fuse(dtype: torch.dtype) -> Case:
-    def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        values = fuse_inputs(height, width, whole, dtype)
-        return lambda d: d.call("fused_fuse", *values, None, None, None, False), size_of(*values, values[0])
-
-    return Case(f"fused_fuse, {_word(dtype)}", prepare)
-
-
-def fuse_backward(deterministic: bool) -> Case:
-    def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        values = fuse_inputs(height, width, whole, torch.float32)
-        grad = torch.rand_like(values[0])
-        nothing = (None, None, None, False)
-        return (
-            lambda d: d.call("fused_fuse_backward", grad, *values, *nothing, 0xFF, deterministic),
-            size_of(grad, *values, *values),
-        )
-
-    return Case(f"fused_fuse backward, {'deterministic' if deterministic else 'atomic'}", prepare)
-
-
-def upsample(dtype: torch.dtype) -> Case:
-    def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        values = fuse_inputs(height, width, whole, dtype)
-        resize = torch.nn.functional.interpolate
-        low = [resize(value, (height // 2, -(-width // 8) * 4), mode="bilinear") for value in values[3:7]]
-        return (
-            lambda d: d.call("upsample_fuse", *values[:3], *low, values[7]),
-            size_of(*values[:3], values[7], values[0], *low, *values[3:7]),
-        )
-
-    return Case(f"upsample_fuse, {_word(dtype)}", prepare)
-
-
-def warp(layout: torch.memory_format) -> Case:
-    def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        flow = smooth_flow(height, width, whole)
-        image = torch.rand(1, 40, height, width).contiguous(memory_format=layout)
-        return lambda d: d.call("backward_warp", image, flow), size_of(image, flow, image)
-
-    return Case(f"backward_warp, 40 channels, {_layout(layout)}", prepare, _STRIPS_OF_CHANNELS)
-
-
-def warp_backward(layout: torch.memory_format, deterministic: bool) -> Case:
-    def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        flow = smooth_flow(height, width, whole)
-        image = torch.rand(1, 40, height, width).contiguous(memory_format=layout)
-        grad = torch.rand_like(image)
-        return (
-            lambda d: d.call("backward_warp_backward", grad, image, flow, True, True, deterministic),
-            size_of(grad, image, flow, image, flow),
-        )
-
-    kind = "deterministic" if deterministic else "atomic"
-    return Case(f"backward_warp backward, 40 channels, {_layout(layout)}, {kind}", prepare, _STRIPS_OF_CHANNELS)
-
-
-def census(backward: bool) -> Case:
-    def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        prediction, target, grad = torch.rand(1, 3, height, width), torch.rand(1, 3, height, width), torch.tensor(1.0)
-        if backward:
-            return (
-                lambda d: d.call("census_loss_backward", grad, prediction, target, 7, False),
-                size_of(prediction, target, prediction),
-            )
-        return lambda d: d.call("census_loss", prediction, target, 7, False), size_of(prediction, target)
-
-    return Case(f"census_loss{' backward' if backward else ''}", prepare, ((32, 128), (64, 128)))
-
-
-def conv(kind: str, dtype: torch.dtype, layout: torch.memory_format, part: str = "", tf32: bool = False) -> Case:
-    """`kind`: "decoder", 120 -> 120 channels in 3 groups, or "refine", 80 -> 80. `part`: "" or the gradient of what."""
-    channels, groups = (120, 3) if kind == "decoder" else (80, 1)
-
-    def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        image = torch.randn(1, channels, height, width).to(dtype).contiguous(memory_format=layout)
-        weight = torch.randn(channels, channels // groups, 3, 3).to(dtype)
-        vector = torch.rand(channels).to(dtype)
-        if not part:
-            arguments = (image, weight, vector, vector, None, groups, 1, 1, False)
-            return lambda d: _with_tf32(tf32, d, "group_conv_shuffle", *arguments), size_of(image, image, weight)
-        # Without PReLU and shuffle, whose backward is a kernel of its own: the convolution alone.
-        needs, result = (1, image) if part == "input" else (2, weight)
-        arguments = (image, image[:0], image, weight, None, groups, 1, 1, needs, False)
-        read = (image, weight) if part == "input" else (image, image)
-        return lambda d: _with_tf32(tf32, d, "group_conv_shuffle_backward", *arguments), size_of(*read, result)
-
-    name = f"group_conv_shuffle{f' backward ({part})' if part else ''}, {kind}"
-    number = "TF32" if tf32 else _word(dtype)
-    # The gradient of the weights: as many tiles as it has slices, and twice as many.
-    simulated_sizes = ((32, 32), (64, 32)) if part != "weights" else ((16 * 27, 32), (2 * 16 * 27, 32))
-    return Case(f"{name}, {number}, {_layout(layout)}", prepare, simulated_sizes)
-
-
-def _with_tf32(allowed: bool, device: simulated.Device, operator: str, *arguments: object) -> None:
-    convolutions = torch.backends.cudnn.conv
-    convolutions.fp32_precision = "tf32" if allowed else "ieee"
-    device.call(operator, *arguments)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _layout(layout: torch.memory_format) -> str:
-    return "channels_last" if layout == torch.channels_last else "contiguous"
-
-
-_STRIPS_OF_CHANNELS = ((16, 128), (32, 128))
-_LAST, _FIRST = torch.channels_last, torch.contiguous_format
-CASES = [
-    fuse(torch.float32),
-    fuse(torch.float16),
-    fuse_backward(deterministic=False),
-    fuse_backward(deterministic=True),
-    upsample(torch.float32),
-    upsample(torch.float16),
-    warp(_FIRST),
-    warp(_LAST),
-    warp_backward(_FIRST, deterministic=False),
-    warp_backward(_LAST, deterministic=False),
-    warp_backward(_FIRST, deterministic=True),
-    census(backward=False),
-    census(backward=True),
-    *(conv(kind, torch.float16, layout) for kind in ("decoder", "refine") for layout in (_LAST, _FIRST)),
-    *(conv(kind, torch.float32, _LAST, tf32=tf32) for kind in ("decoder", "refine") for tf32 in (True, False)),
-    *(conv("refine", torch.float16, _LAST, part) for part in ("input", "weights")),
-]
-
-
-def extrapolate(first: Stats, second: Stats, steps: float) -> Stats:
-    """Counts `steps` times as far beyond `first` as `second` is."""
-
-    def value(a: float, b: float) -> int:
-        return max(0, round(a + (b - a) * steps))
-
-    found = copy.copy(second)
-    blocks = [stats.grid[0] * stats.grid[1] * stats.grid[2] for stats in (first, second)]
-    found.grid = (max(1, value(*blocks)), 1, 1)
-    for name in ("warp_execs", "lane_execs"):
-        setattr(found, name, [value(a, b) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)])
-    for name in ("requests", "bytes", "sectors", "wavefronts", "passes", "unique_sectors"):
-        one, two = getattr(first, name), getattr(second, name)
-        setattr(found, name, {key: value(one.get(key, 0), two.get(key, 0)) for key in {*one, *two}})
-    return found
-
-
-def cost_rows(case: Case, device: simulated.Device) -> list[str]:
-    """The case's rows of the table, one for each size."""
-    runs: dict[Sizes, tuple[list[Stats], int]] = {}
-
-    def run(height: int, width: int, whole: int) -> tuple[list[Stats], int]:
-        if (height, width) not in runs:
-            call, compulsory = case.prepare(height, width, whole)
-            with ptxsim.options(checks=False, stats=True) as launches:
-                call(device)
-            runs[height, width] = [launch.stats for launch in launches if launch.stats is not None], compulsory
-        return runs[height, width]
-
-    rows = []
-    for height, width in case.sizes:
-        small = case.simulated or ((16, width), (32, width))
-        (one, least), (two, more) = (run(*size, height) for size in small)
-        pixels = [h * w for h, w in small]
-        steps = (height * width - pixels[0]) / (pixels[1] - pixels[0])
-        stats = [extrapolate(a, b, steps) for a, b in zip(one, two, strict=True)]
-        rows.append(cost_row(case.name, height, width, stats, round(least + (more - least) * steps)))
-    return rows
-
-
-def cost_row(name: str, height: int, width: int, stats: list[Stats], compulsory: int) -> str:
-    bounds = [ptxsim.roofline(s, GPU) for s in stats]
-    main = max(range(len(stats)), key=lambda i: bounds[i].seconds)
-    moved = sum(s.compulsory_bytes for s in stats)
-    loads, stores = _totals(stats, "load global"), _totals(stats, "store global")
-    ways = sum(sum(s.wavefronts.values()) for s in stats) / max(1, sum(sum(s.passes.values()) for s in stats))
-    shared = f"{ways:.2f}" if any(s.passes for s in stats) else "-"
-    instructions = 32 * sum(s.warp_instructions for s in stats) / (height * width)
-    seconds = sum(bound.seconds for bound in bounds)
-    tensor = sum(bound.limits["tensor"] for bound in bounds) / seconds
-    cells = [
-        name,
-        f"{width} x {height}",
-        str(len(stats)),
-        f"{moved / compulsory:.3f}",
-        f"{loads['sectors'] / max(1, loads['requests']):.1f} / {stores['sectors'] / max(1, stores['requests']):.1f}",
-        shared,
-        f"{instructions:.0f}",
-        f"{tensor:.0%}" if tensor else "-",
-        bounds[main].bound,
-        f"{seconds * 1e6:.1f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _totals(stats: list[Stats], kind: str) -> dict[str, int]:
-    rows = [s.memory(kind) for s in stats]
-    return {name: sum(row[name] for row in rows) for name in ("requests", "sectors")}
-
-
-TITLES = (
-    "operator",
-    "size",
-    "launches",
-    "bytes / compulsory",
-    "sectors a request, load / store",
-    "bank passes / ideal",
-    "instructions a pixel",
-    "tensor pipe",
-    "bound by",
-    "modelled us",
-)
-
-
-def all_cost_rows(folder: Path) -> list[str]:
-    """Rows of all cases; those of unchanged kernels come from an earlier run."""
-    rows = []
-    with contextlib.ExitStack() as stack:
-        convolutions = torch.backends.cudnn.conv
-        stack.callback(setattr, convolutions, "fp32_precision", convolutions.fp32_precision)
-        for case in CASES:
-            source = folder / f"{case.name.split(',')[0].split()[0]}.ptx"
-
-            def compute(case: Case = case) -> list[str]:
-                print(f"running {case.name}", file=sys.stderr, flush=True)
-                torch.manual_seed(2407)
-                return cost_rows(case, simulated.device())
-
-            words = (case.name, str(case.sizes), str(case.simulated), inspect.getsource(case.prepare))
-            found = cached(source, (*words, inspect.getsource(cost_row)), compute)
-            rows += found or [f"| {case.name} | not computed yet |{' |' * (len(TITLES) - 2)}"]
-    return rows
-
-
-_so_far = False  # compute nothing
-
-
-def cached(ptx: Path, words: tuple[str, ...], compute: Callable[[], Any]) -> Any:
-    """What `compute` returned before for the same device code and words, or does now; JSON in build/kernel_costs.
-
-    None: it has not been computed, and only results so far are wanted.
-    """
-    # Neither line numbers nor what follows the code, names for debuggers, change a result.
-    code = ptx.read_text().partition("\t.section\t")[0]
-    code = re.sub(r"^\s*(\.loc|\.file|//).*\n", "", code, flags=re.M)
-    store = ROOT / "build" / "kernel_costs" / f"{simulated.digest([], code, *words)}.json"
-    if not store.exists():
-        if _so_far:
-            return None
-        result = compute()
-        store.parent.mkdir(parents=True, exist_ok=True)
-        partial = store.with_suffix(".partial")
-        partial.write_text(json.dumps(result))
-        partial.replace(store)
-    return json.loads(store.read_text())
-
-
-TRITON_BEGIN, TRITON_END = "<!-- triton:begin -->", "<!-- triton:end -->"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+MARKS = "<!-- triton:begin -->", "<!-- triton:end -->"
 
 
 def triton_section(text: str) -> str:
-    """What tools/triton_costs.py wrote into the page, markers included."""
-    found = re.search(f"{TRITON_BEGIN}.*?{TRITON_END}", text, re.S)
-    return found[0] if found else f"{TRITON_BEGIN}\n{TRITON_END}"
+    """The part of a page that is about Triton, marks included."""
+    found = re.search(f"{MARKS[0]}.*?{MARKS[1]}", text, re.S)
+    return found[0] if found else "\n".join(MARKS)
 
 
 def page(rows: list[str], registers: str, triton: str) -> str:
-    costs = "\n".join([f"| {' | '.join(TITLES)} |", f"|{'---|' * len(TITLES)}", *rows])
+    costs = "\n".join([f"| {' | '.join(cuda_costs.TITLES)} |", f"|{'---|' * len(cuda_costs.TITLES)}", *rows])
     return f"""# The kernels in numbers
 
-The CUDA kernels' part is written by `python -m tools.kernel_costs`; no GPU was used. How they work: [cuda.md](cuda.md).
+The CUDA kernels' part is written by `python -m tools.kernel_costs --cuda`; no GPU was used. How they work: [cuda.md](cuda.md).
 
-## CUDA: modelled cost on an {GPU}
+## CUDA: modelled cost on an {cuda_costs.GPU}
 
 **Everything in this table is modelled, nothing is measured on a GPU.** The shipped host code launched the kernels'
-PTX on a simulator (tests/ptxsim), which counted instructions and memory requests, on two small pictures each; the counts
+PTX on a simulator (`ptxsim/`), which counted instructions and memory requests, on two small pictures each; the counts
 were extrapolated linearly to the size of the row. The time is the roofline bound of those counts: the busiest unit at its
 peak rate, no latency, no launch overhead, launches one after the other. Bytes are the 32-byte sectors that a launch
 touches, each once, summed over an operator's launches, against inputs read once and outputs written once; at borders of
@@ -475,20 +51,91 @@ two blocks on an SM by design, with two or three stages of copies under way. {re
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/kernels.md.")
-    parser.add_argument(
-        "--so-far", action="store_true", help="compute nothing: the page from what earlier runs computed"
-    )
-    global _so_far
-    _so_far = parser.parse_args().so_far
-    folder = simulated.build()
-    rows = all_cost_rows(folder)
-    registers = register_tables(compile_all(folder, list(ARCHITECTURES)))
+def section(registers: str, costs: str) -> str:
+    """The Triton kernels' part of docs/kernels.md."""
+    import triton
+
+    return f"""{MARKS[0]}
+## The Triton kernels beside them
+
+Written by `python -m tools.kernel_costs --triton`; no GPU was used. How these kernels work: [triton.md](triton.md).
+
+### Modelled cost on an H100, Triton
+
+**Modelled, not measured**: the calls, columns and model of the CUDA kernels' table above, for the PTX that Triton
+{triton.__version__} compiles for sm_80 from each kernel's first configuration, launched as for large pictures. Launches that
+torch makes around the kernels (zeroing of sums, packing of weights, the last addition of partial sums) are in neither
+count.
+
+{costs}
+
+Why they differ from the CUDA kernels:
+
+- `fused_fuse`, `upsample_fuse`: a Triton tile has one width of access, so a lane reads four bytes and computes the
+  addresses of one pixel, where a CUDA thread owns four pixels and shares them: more instructions, the same bytes.
+  Backward, each lane adds its own shares to memory, where CUDA lanes first hand theirs to neighbours: fewer
+  instructions, more atomics.
+- `backward_warp`: likewise where pictures are contiguous; of channels_last ones both read 16 bytes a lane. What the
+  deterministic gradients take before and after their scatter, torch launches here, outside the count.
+- `census_loss`: no shared memory that a program could index, so grey planes are written first and read through L1,
+  where the CUDA kernel keeps them in shared memory: more bytes and more instructions.
+- `group_conv_shuffle`: each tap's pixels go through shared memory anew, where the CUDA kernel loads a tile with its halo
+  once and shifts it: shared memory binds before the tensor cores do. 40 channels take 48 rows and 48 columns. Reads
+  of contiguous half-precision pictures are two bytes wide, an address each. Exact float32 products read both factors from
+  shared memory with bank conflicts, which no layout can be asked for to avoid: they cost ten times the CUDA kernel's.
+- `group_conv_shuffle` backward (weights): each of the nine taps is a program of its own and reads both pictures again,
+  where a CUDA warp keeps the sums of all nine.
+
+### Registers, Triton
+
+Registers a thread, from the machine code of Triton's own ptxas; in brackets with 64-bit offsets, compiled for float32 in
+the first configuration. Of bfloat16, float64, convolutions and unusual calls there is the first configuration only
+(`pytest -m slow tests/triton` compiles all of them). A row that says "any" layout is one kernel for both: only its
+strides differ. {registers}
+{MARKS[1]}
+"""
+
+
+def _write(text: str) -> None:
     partial = PAGE.with_suffix(".partial")
-    partial.write_text(page(rows, registers, triton_section(PAGE.read_text() if PAGE.exists() else "")))
+    partial.write_text(text)
     partial.replace(PAGE)
     print(f"wrote {PAGE}", file=sys.stderr)
+
+
+def write_cuda(so_far: bool) -> None:
+    folder = device.build()
+    rows = cuda_costs.all_cost_rows(folder, so_far)
+    registers = cuda_costs.register_tables(cuda_costs.compile_all(folder, list(cuda_costs.ARCHITECTURES), so_far))
+    _write(page(rows, registers, triton_section(PAGE.read_text() if PAGE.exists() else "")))
+
+
+def write_triton() -> None:
+    from simulated_gpu import triton_costs
+
+    registers = triton_costs.register_table(triton_costs.register_rows(""))
+    text = section(registers, triton_costs.cost_table(triton_costs.cost_cases("")))
+    found = PAGE.read_text()
+    _write(found.replace(triton_section(found), text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/kernels.md.")
+    parser.add_argument("--cuda", action="store_true", help="write the CUDA kernels' part")
+    parser.add_argument("--triton", action="store_true", help="write the Triton kernels' part")
+    parser.add_argument("--so-far", action="store_true", help="CUDA: compute nothing, take what earlier runs computed")
+    parser.add_argument("--overhead", action="store_true", help="print the host time of calls of Triton kernels, only")
+    options = parser.parse_args()
+    if options.overhead:
+        from simulated_gpu import triton_costs
+
+        triton_costs.print_overhead()
+        return
+    both = options.cuda == options.triton
+    if both or options.cuda:
+        write_cuda(options.so_far)
+    if both or options.triton:
+        write_triton()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include "cpu/kernel.h"
 #include "cpu/sampling.h"
 #include "cpu/scatter.h"
+#include "math/gradients.h"
 
 namespace safnet {
 
@@ -135,8 +136,9 @@ Tensor backward_warp(Tensor image, Tensor flow) {
 }
 
 // The gradient's type is the same on all backends, so `deterministic` needs no other kernel here: this one always is.
-std::tuple<Tensor, Tensor> backward_warp_backward(Tensor grad, Tensor image, Tensor flow, bool need_image, bool need_flow,
+std::tuple<Tensor, Tensor> backward_warp_backward(Tensor grad, Tensor image, Tensor flow, int64_t needs,
                                                   bool /*deterministic*/) {
+  const bool need_image = is_needed(needs, WarpInput::kImage), need_flow = is_needed(needs, WarpInput::kFlow);
   Tensor grad_image = zero_gradient(image, need_image);
   Tensor grad_flow = empty_gradient(flow, need_flow);
   WarpArguments a{};

@@ -1,6 +1,7 @@
 // backward_warp on CUDA. The formulas are in math/bilinear.h; the Python function documents shapes and borders.
 #include "cuda/host.h"
 #include "cuda/scatter_host.h"
+#include "math/gradients.h"
 
 namespace safnet::cuda {
 
@@ -195,8 +196,9 @@ Tensor backward_warp(const Tensor& image, const Tensor& flow) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad, const Tensor& image, const Tensor& flow, bool need_image,
-                                                  bool need_flow, bool deterministic) {
+std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad, const Tensor& image, const Tensor& flow, int64_t needs,
+                                                  bool deterministic) {
+  const bool need_image = is_needed(needs, WarpInput::kImage), need_flow = is_needed(needs, WarpInput::kFlow);
   const DeviceScope scope(image);
   const ScatteredGradient grad_image(image, need_image, deterministic, scope.stream);
   const Tensor grad_flow = empty_gradient(flow, need_flow);

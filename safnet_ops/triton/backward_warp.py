@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safnet_ops.checks import empty_gradient, empty_image
+from safnet_ops.operators import is_needed
 from safnet_ops.triton.common import (
     accumulator,
     channel_block,
@@ -239,8 +240,9 @@ def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def backward_warp_backward(
-    grad: Tensor, image: Tensor, flow: Tensor, need_image: bool, need_flow: bool, deterministic: bool
+    grad: Tensor, image: Tensor, flow: Tensor, needs: int, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
+    need_image, need_flow = is_needed(needs, 0), is_needed(needs, 1)
     flow_grad = empty_gradient(flow, need_flow)
     if image.numel() == 0 or not (need_image or need_flow):
         return empty_gradient(image, need_image), flow_grad.zero_()

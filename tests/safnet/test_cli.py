@@ -1,0 +1,267 @@
+"""The command `safnet fuse`, from files to files, and its refusals: one line, exit code 2, nothing written."""
+
+import re
+
+import numpy as np
+import OpenImageIO as oiio
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from safnet.cli import app
+from safnet.images import write_picture
+from safnet.model import SAFNet
+from safnet.pictures import INSPECTION_FILES
+from safnet.weights import save_model
+from tests.support.scenes import make_radiance
+
+HEIGHT, WIDTH = 40, 56
+EVS = (-2, 0, 2)
+SUMMARY = r"56 x 40, EV -2 0 \+2, \d+\.\d s, peak memory \d+\.\d GiB: .*{}\n"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A model that estimates no motion and refines nothing: what it makes of a still scene is known."""
+    model = SAFNet("small")
+    with torch.no_grad():
+        for conv in (model.decoder.conv6, model.refinenet.conv7):
+            conv.weight.zero_()
+            conv.bias.zero_()
+    path = tmp_path_factory.mktemp("weights") / "plain.safetensors"
+    save_model(model, path)
+    return str(path)
+
+
+@pytest.fixture
+def radiance():
+    """A still scene that the reference exposure (4 times the short one's light) does not clip."""
+    ramp = np.linspace(0.002, 0.24, WIDTH, dtype=np.float32)
+    return np.stack([np.tile(ramp * gain, (HEIGHT, 1)) for gain in (1.0, 0.8, 0.6)], 2)
+
+
+def expose(radiance, ev):
+    ldr = (radiance * 2.0 ** (ev - EVS[0])).clip(0, 1) ** (1 / 2.2)
+    return np.round(ldr * 255).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path, radiance):
+    """Three PNG frames whose order by name is not that of their exposures."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for name, ev in (("a.png", 2), ("b.png", -2), ("c.png", 0)):
+        write_picture(folder / name, expose(radiance, ev))
+    return folder
+
+
+@pytest.fixture
+def frames(folder):
+    return [folder / name for name in ("a.png", "b.png", "c.png")]
+
+
+def fuse(*arguments):
+    return CliRunner().invoke(app, ["fuse", *map(str, arguments)])
+
+
+def read(path):
+    source = oiio.ImageInput.open(str(path))
+    return source.read_image(0, 0, 0, 3, "float")
+
+
+def assert_radiance(path, radiance):
+    """Equal up to the frames' 8 bits."""
+    assert np.allclose(read(path), radiance, rtol=0.08, atol=4e-4)
+    assert np.abs(read(path) - radiance).mean() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["result.exr", "result.hdr", "result.tif"])
+def test_fuses_in_any_order(tmp_path, frames, radiance, weights, name):
+    output = tmp_path / name
+    outcome = fuse(frames[2], frames[0], frames[1], "--ev", 0, 2, -2, "-o", output, "--model", weights)
+    assert outcome.exit_code == 0, outcome.output
+    assert re.fullmatch(SUMMARY.format(re.escape(name)), outcome.stdout)
+    assert_radiance(output, radiance)
+
+
+def test_negative_evs_are_taken_as_written(tmp_path, frames, radiance, weights):
+    output = tmp_path / "result.exr"
+    assert (
+        fuse("--ev", "-2", "0", "2", frames[1], frames[2], frames[0], "-o", output, "--model", weights).exit_code == 0
+    )
+    assert_radiance(output, radiance)
+
+
+def test_exposures_and_camera_curve_are_measured_unless_they_are_trusted(tmp_path, weights):
+    radiance = make_radiance(height=128, width=192)
+    ldr = [np.clip(radiance * 2.0 ** (ev - EVS[0]), 0, 1) ** (1 / 2.2) for ev in EVS]
+    cameras = {"straight": ldr, "contrast": [x**1.6 / (x**1.6 + (1 - x) ** 1.6) for x in ldr]}
+    for name, pictures in cameras.items():
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(pictures):
+            write_picture(tmp_path / name / f"{number}.png", np.round(picture * 255).astype(np.uint8))
+
+    def summary(name, evs, *options):
+        output = tmp_path / f"{name}{len(options)}.exr"
+        outcome = fuse(tmp_path / name, "--ev", *evs, "-o", output, "--model", weights, *options)
+        assert outcome.exit_code == 0, outcome.output
+        return outcome.stdout
+
+    measured = re.search(r"EV -2 0 \+1\.8 \(measured: EV (\S+) 0 \+(\S+)\), ", summary("straight", (-2, 0, 1.8)))
+    assert [float(ev) for ev in measured.groups()] == pytest.approx([-2, 2], abs=0.02)
+    assert "EV -2 0 +1.8, " in summary("straight", (-2, 0, 1.8), "--trust")
+    assert "camera curve measured" in summary("contrast", EVS)
+    assert "measured" not in summary("contrast", EVS, "--trust")
+
+
+def test_folder_with_exposure_file(tmp_path, folder, radiance, weights):
+    (folder / "exposure.txt").write_text("2\n-2\n0\n")
+    output = folder / "result.exr"
+    for _ in range(2):  # the second time, the first result lies among the frames
+        outcome = fuse(folder, "-o", output, "--model", weights, "--overwrite", "--preview", folder / "preview.png")
+        assert outcome.exit_code == 0, outcome.output
+    assert_radiance(output, radiance)
+
+
+def test_exif_exposures(tmp_path, radiance, weights):
+    for name, ev, time in (("a.jpg", 0, 1 / 50), ("b.jpg", 2, 1 / 12.5), ("c.jpg", -2, 1 / 200)):
+        spec = oiio.ImageSpec(WIDTH, HEIGHT, 3, "uint8")
+        for key, value in (("ExposureTime", time), ("FNumber", 8.0), ("compression", "jpeg:100")):
+            spec.attribute(key, value)
+        out = oiio.ImageOutput.create("a.jpg")
+        assert out.open(str(tmp_path / name), spec)
+        assert out.write_image(expose(radiance, ev))
+        out.close()
+    outcome = fuse(tmp_path, "-o", tmp_path / "result.exr", "--model", weights)
+    assert outcome.exit_code == 0, outcome.output
+    assert np.abs(read(tmp_path / "result.exr") - radiance).mean() < 3e-3
+
+
+def test_pictures_beside_the_result(tmp_path, folder, weights):
+    arguments = [folder, "--ev", 2, -2, 0, "-o", tmp_path / "result.exr", "--model", weights]
+    arguments += ["--preview", tmp_path / "preview.jpg", "--tonemap", "reinhard", "--inspect", tmp_path / "steps"]
+    outcome = fuse(*arguments, "--depth", "float", "--tile", 24, "--threads", torch.get_num_threads())
+    assert outcome.exit_code == 0, outcome.output
+    assert {path.name for path in tmp_path.iterdir()} == {"frames", "result.exr", "preview.jpg", "steps"}
+    assert {path.name for path in (tmp_path / "steps").iterdir()} == set(INSPECTION_FILES)
+    assert read(tmp_path / "preview.jpg").shape == (HEIGHT, WIDTH, 3)
+    assert (read(tmp_path / "steps" / "flow_long.png") == 1).all()
+    assert str(oiio.ImageInput.open(str(tmp_path / "result.exr")).spec().format) == "float"
+    again = fuse(*arguments)
+    assert again.exit_code == 2
+    assert "--output" in again.stderr
+    assert fuse(*arguments, "--overwrite").exit_code == 0
+
+
+def test_reduced_precision(tmp_path, frames, radiance, weights):
+    output = tmp_path / "result.exr"
+    outcome = fuse(*frames, "--ev", 2, -2, 0, "-o", output, "--model", weights, "--precision", "bfloat16")
+    assert outcome.exit_code == 0, outcome.output
+    assert_radiance(output, radiance)
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def replaced(path, new):
+    write_picture(path, new)
+    return path
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+def make(path, folder=False):
+    path.mkdir() if folder else path.write_text("old")
+    return path
+
+
+# Each case: arguments from (frames, tmp_path), and what the one line on stderr must say.
+OK = ("--ev", 2, -2, 0)
+REFUSALS = {
+    "two frames": (lambda f, t: [*f[:2], "-o", t / "r.exr"], r"3 files or one folder, got 2 \(a\.png, b\.png\)"),
+    "four frames": (lambda f, t: [*f, f[0], "-o", t / "r.exr"], r"got 4 .*choose three"),
+    "empty folder": (lambda f, t: [make(t / "none", True), "-o", t / "r.exr"], r"none must hold 3 frames, got 0"),
+    "same frame": (lambda f, t: [f[0], f[1], f[1], *OK, "-o", t / "r.exr"], r"got .*b\.png twice"),
+    "other size": (
+        lambda f, t: [*f[:2], replaced(f[2], np.zeros((9, 9, 3), np.uint8)), *OK, "-o", t / "r.exr"],
+        r"one size, got .*a\.png with 56 x 40 and .*c\.png with 9 x 9",
+    ),
+    "no exposures": (lambda f, t: [*f, "-o", t / "r.exr"], r"no exposure time in .*a\.png.*--ev -2 0 2"),
+    "equal exposures": (lambda f, t: [*f, "--ev", 0, 2, 2, "-o", t / "r.exr"], r"must differ, got a\.png 0, b\.png 2"),
+    "exposure times": (lambda f, t: [*f, "--ev", 320, 80, 20, "-o", t / "r.exr"], r"are they exposure times"),
+    "missing frame": (lambda f, t: [*f[:2], t / "gone.png", *OK, "-o", t / "r.exr"], r"gone\.png does not exist"),
+    "no picture": (lambda f, t: [*f[:2], make(t / "x.png"), *OK, "-o", t / "r.exr"], r"x\.png cannot be read"),
+    "foreign frame": (
+        lambda f, t: [*f[:2], make(t / "x.cr2"), *OK, "-o", t / "r.exr"],
+        r"x\.cr2: frames must be \.jpg",
+    ),
+    "truncated": (lambda f, t: [*f[:2], truncated(f[2]), *OK, "-o", t / "r.exr"], r"c\.png cannot be read"),
+    "no folder": (
+        lambda f, t: [*f, *OK, "-o", t / "gone" / "r.exr"],
+        r"--output .*gone/r\.exr: the folder .*gone does not",
+    ),
+    "existing": (
+        lambda f, t: [*f, *OK, "-o", make(t / "r.exr")],
+        r"--output .*r\.exr exists already; give --overwrite",
+    ),
+    "format": (lambda f, t: [*f, *OK, "-o", t / "r.jpg"], r"--output .*r\.jpg: the name must end in \.exr, \.hdr"),
+    "depth": (lambda f, t: [*f, *OK, "-o", t / "r.tif", "--depth", "half"], r"--depth half does not fit .*r\.tif"),
+    "preview format": (
+        lambda f, t: [*f, *OK, "-o", t / "r.exr", "--preview", t / "p.gif"],
+        r"--preview .*p\.gif: the name",
+    ),
+    "preview exists": (
+        lambda f, t: [*f, *OK, "-o", t / "r.exr", "--preview", make(t / "p.png")],
+        r"--preview .*p\.png exists already",
+    ),
+    "inspect folder": (
+        lambda f, t: [*f, *OK, "-o", t / "r.exr", "--inspect", t / "no" / "steps"],
+        r"--inspect .*steps: the folder .*no does not exist",
+    ),
+    "inspect file": (
+        lambda f, t: [*f, *OK, "-o", t / "r.exr", "--inspect", make(t / "i")],
+        r"--inspect .*i is not a folder",
+    ),
+    "over a frame": (
+        lambda f, t: [*f, *OK, "-o", t / "r.exr", "--preview", f[0], "--overwrite"],
+        r"--preview .*a\.png is a frame too",
+    ),
+    "model": (lambda f, t: [*f, *OK, "-o", t / "r.exr", "--model", "safnet-x"], r"model 'safnet-x' is neither shipped"),
+    "weights": (lambda f, t: [*f, *OK, "-o", t / "r.exr", "--model", t / "w.pth"], r"w\.pth' does not exist"),
+    "device": (lambda f, t: [*f, *OK, "-o", t / "r.exr", "--device", "abacus"], r"--device abacus cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_input_is_refused(tmp_path, frames, weights, case):
+    arguments, message = REFUSALS[case]
+    arguments = arguments(frames, tmp_path)
+    if "--model" not in arguments:
+        arguments += ["--model", weights]
+    before = snapshot(tmp_path)
+    outcome = fuse(*arguments)
+    assert outcome.exit_code == 2, outcome.output
+    assert re.fullmatch(rf"error: .*{message}.*\n", outcome.stderr), outcome.stderr
+    assert outcome.stdout == ""
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "option", [("--precision", "int8"), ("--tonemap", "magic"), ("--threads", "0"), ("--tile", "-1")]
+)
+def test_bad_choices_are_refused(tmp_path, frames, option):
+    outcome = fuse(*frames, *OK, "-o", tmp_path / "r.exr", *option)
+    assert outcome.exit_code == 2
+    assert option[0] in outcome.stderr
+    assert not (tmp_path / "r.exr").exists()
+
+
+def test_help_names_every_option():
+    outcome = CliRunner().invoke(app, ["fuse", "--help"], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 0
+    for option in ("--output", "--ev", "--preview", "--tonemap", "--inspect", "--model", "--precision", "--device"):
+        assert option in outcome.stdout

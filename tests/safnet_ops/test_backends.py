@@ -1,0 +1,99 @@
+"""The choice of backends, the report, and an installation without kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import safnet_ops
+from safnet_ops import backends, info
+from safnet_ops.operators import OPERATORS
+
+IMAGE, FLOW = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 4, 5)
+
+
+def test_cpu_tensors_get_the_cpp_kernels():
+    for name in ("backward_warp", "fused_fuse", "upsample_fuse"):
+        assert backends.choose(name, torch.device("cpu"), None) == "cpp"
+
+
+def test_use_backend_nests_and_an_argument_wins():
+    device = torch.device("cpu")
+    with safnet_ops.use_backend("reference"):
+        assert backends.choose("backward_warp", device, None) == "reference"
+        with safnet_ops.use_backend("cpp"):
+            assert backends.choose("backward_warp", device, None) == "cpp"
+        assert backends.choose("backward_warp", device, "cpp") == "cpp"
+    assert backends.choose("backward_warp", device, None) == "cpp"
+
+
+def test_an_unknown_backend_is_refused():
+    message = "backend must be one of reference, cpp, cuda, triton, got 'metal'"
+    with pytest.raises(ValueError, match=message):
+        safnet_ops.backward_warp(IMAGE, FLOW, backend="metal")
+    with pytest.raises(ValueError, match=message), safnet_ops.use_backend("metal"):
+        pass
+
+
+def test_a_missing_backend_says_why(monkeypatch):
+    monkeypatch.setitem(backends._served, "cuda", frozenset())
+    monkeypatch.setitem(backends._missing, "cuda", "the moon is in the wrong house")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: the moon is in the wrong house"):
+        safnet_ops.backward_warp(IMAGE, FLOW, backend="cuda")
+
+
+def test_info_names_every_operator_and_every_missing_backend():
+    text = info.report()
+    for name in OPERATORS:
+        assert name in text
+    assert torch.__version__ in text
+    assert "instruction sets" in text
+    for backend in backends.BACKENDS:
+        if not any(backends.serves(name, backend) for name in OPERATORS):
+            assert f"{backend} is missing" in text
+
+
+WITHOUT_KERNELS = """
+import sys
+sys.modules["safnet_ops._C"] = None
+sys.modules["triton"] = None
+import torch, safnet_ops
+from safnet_ops import info
+image, flow = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 4, 5)
+assert torch.equal(safnet_ops.backward_warp(image, flow), image)
+try:
+    safnet_ops.backward_warp(image, flow, backend="cpp")
+except RuntimeError as error:
+    assert "backend 'cpp' is not available: safnet_ops._C was not built" in str(error), error
+else:
+    raise AssertionError("no error")
+print(info.report())
+"""
+
+
+def test_without_kernels_the_reference_serves():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cpp is missing" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2"])
+def test_instruction_sets_agree(name):
+    """The kernels of a lesser instruction set, asked for by the environment, compute the same within rounding."""
+    from safnet_ops import _C
+
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(_C.instruction_set()) < order.index(name):
+        pytest.skip(f"this processor does not run {name}")
+    program = (
+        "import torch, safnet_ops; from safnet_ops import _C; torch.manual_seed(0);"
+        "x, f = torch.randn(1, 5, 33, 70), torch.randn(1, 2, 33, 70) * 3;"
+        "error = (safnet_ops.backward_warp(x, f).double()"
+        " - safnet_ops.reference.backward_warp(x.double(), f.double())).abs().max().item();"
+        "print(_C.instruction_set(), error < 1e-4)"
+    )
+    environment = {**os.environ, "SAFNET_OPS_ISA": name}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [name, "True"], done.stderr

@@ -1,0 +1,396 @@
+"""group_conv_shuffle: the C++ kernels against the reference, and the reference against a stock model's layers."""
+
+import itertools
+from functools import partial
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import safnet_ops
+from safnet_ops import reference
+from tests.support.operators import DTYPES, LAYOUTS, SIZES, TOLERANCE, assert_close, channels_last, check_operator
+
+cpp = torch.ops.safnet_ops
+NAMES = ("input", "weight", "bias", "prelu_weight", "residual")
+
+# (groups, input channels, output channels, stride, dilation): whole and broken blocks of channels, depthwise, strides
+# that divide the dilation or not, more input channels than are summed at once, taps that never meet the picture.
+GEOMETRIES = [
+    (1, 3, 4, 1, 1),
+    (3, 12, 24, 1, 1),
+    (1, 5, 7, 1, 2),
+    (2, 6, 4, 2, 1),
+    (4, 4, 4, 1, 1),
+    (1, 9, 1, 2, 2),
+    (2, 4, 6, 3, 2),
+    (3, 6, 9, 1, 4),
+    (1, 50, 5, 1, 1),
+    (1, 6, 20, 2, 1),
+    (2, 2, 2, 1, 300),
+    (1, 3, 2, 7, 3),
+]
+
+# Enough channels, and a dilation, for Winograd's method; whole and broken blocks of channels.
+WINOGRAD = [(1, 8, 8, 1, 1), (3, 27, 39, 1, 1), (2, 20, 22, 1, 2), (1, 9, 11, 1, 4)]
+
+
+def whole_numbers(*size):
+    return torch.randint(-2, 3, size).double()
+
+
+def make(size=(5, 7), n=2, geometry=(3, 12, 24, 1, 1), dtype=torch.float32):
+    """Arguments whose sums are exact in every dtype and never zero, where PReLU has its kink."""
+    groups, channels_in, channels_out, stride, _ = geometry
+    out = [-(-side // stride) for side in size]
+    values = (
+        whole_numbers(n, channels_in, *size),
+        whole_numbers(channels_out, channels_in // groups, 3, 3),
+        whole_numbers(channels_out) + 0.5,
+        torch.rand(channels_out),
+        whole_numbers(n, channels_out, *out),
+    )
+    return [value.to(dtype) for value in values]
+
+
+def bound(function, geometry):
+    """`function` of the tensors alone."""
+    groups, _, _, stride, dilation = geometry
+
+    def call(input, weight, bias, prelu_weight, residual):
+        return function(input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual)
+
+    return call
+
+
+def check(tensors, geometry, needed=(True,) * 5, tolerance=1e-5):
+    operator, expected = (bound(f, geometry) for f in (safnet_ops.group_conv_shuffle, reference.group_conv_shuffle))
+    return check_operator(operator, expected, tensors, needed, tolerance)
+
+
+def test_reference_equals_layers():
+    conv, prelu, shuffle = (
+        torch.nn.Conv2d(6, 12, 3, padding=1, groups=3),
+        torch.nn.PReLU(12),
+        torch.nn.ChannelShuffle(3),
+    )
+    input = torch.randn(2, 6, 5, 7)
+    expected = shuffle(prelu(conv(input)))
+    assert torch.equal(reference.group_conv_shuffle(input, conv.weight, conv.bias, prelu.weight, 3), expected)
+    assert_close(
+        "kernel", safnet_ops.group_conv_shuffle(input, conv.weight, conv.bias, prelu.weight, 3), expected.double(), 1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matches_reference_in_any_layout(dtype, layout, size, poisoned):
+    for geometry in ((3, 12, 24, 1, 1), (1, 9, 10, 2, 1)):
+        input, weight, bias, prelu_weight, residual = make(size, geometry=geometry, dtype=dtype)
+        tensors = layout(input), layout(weight), bias, prelu_weight, layout(residual)
+        out = check(tensors, geometry, tolerance=TOLERANCE[dtype])
+        assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_matches_reference_in_any_geometry(dtype, layout, geometry, poisoned):
+    for size in ((8, 13), (21, 110)):
+        input, weight, bias, prelu_weight, residual = make(size, 1, geometry, dtype)
+        check((layout(input), weight, bias, prelu_weight, residual), geometry, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", WINOGRAD, ids=str)
+def test_winograd_matches_reference(dtype, layout, geometry, poisoned):
+    """Sizes below 2x2 outputs, of odd sides, and of several tiles each way."""
+    for size in ((17, 110), (70, 1), (5, 49)):
+        input, weight, bias, prelu_weight, residual = make(size, 1, geometry, dtype)
+        tensors = layout(input), layout(weight), bias, prelu_weight, layout(residual)
+        check(tensors, geometry, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+def test_winograd_is_as_exact_as_the_definition(dilation):
+    """Against float64, relative to what the sums' terms add up to: radiance of very different size meets in a sum."""
+    input, weight = torch.randn(1, 40, 50, 60) * torch.logspace(-3, 3, 60), torch.randn(40, 40, 3, 3)
+    out = safnet_ops.group_conv_shuffle(input, weight, dilation=dilation).double()
+    exact = reference.group_conv_shuffle(input.double(), weight.double(), dilation=dilation)
+    scale = reference.group_conv_shuffle(input.double().abs(), weight.double().abs(), dilation=dilation)
+    assert ((out - exact).abs() / scale).max() < 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_channels(layout):
+    input, weight = layout(torch.randn(1, 126, 20, 30)), torch.randn(40, 126, 3, 3)
+    out = safnet_ops.group_conv_shuffle(input, weight)
+    assert_close("the result", out, reference.group_conv_shuffle(input.double(), weight.double()), 1e-5)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=5)), ids=str)
+def test_only_needed_gradients(needed):
+    for layout in LAYOUTS[:2]:
+        input, *others = make((9, 30))
+        check((layout(input), *others), (3, 12, 24, 1, 1), needed)
+
+
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_optional_arguments(given, groups, poisoned):
+    geometry = (groups, 12, 24, 1, 1)
+    input, weight, *optional = make(geometry=geometry)
+    tensors = [input, weight, *(value for value, here in zip(optional, given, strict=True) if here)]
+
+    def call(function, input, weight, *present):
+        present = iter(present)
+        bias, prelu_weight, residual = (next(present) if here else None for here in given)
+        return function(input, weight, bias, prelu_weight, groups, residual=residual)
+
+    operators = (partial(call, f) for f in (safnet_ops.group_conv_shuffle, reference.group_conv_shuffle))
+    check_operator(*operators, tensors, [True] * len(tensors), 1e-5)
+
+
+def test_one_slope_for_all_channels():
+    input, weight, bias, _, residual = make()
+    tensors = input, weight, bias, torch.tensor([0.3]), residual
+    check(tensors, (3, 12, 24, 1, 1))
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2, 3])
+def test_expanded_input(dimension):
+    input, *others = make((9, 30))
+    input = input.narrow(dimension, 0, 1).expand(2, 12, 9, 30)
+    check((input, *others), (3, 12, 24, 1, 1))
+
+
+def test_channels_last_stays_channels_last():
+    tensors = [value.requires_grad_() for value in make((6, 8))]
+    tensors[0] = channels_last(tensors[0].detach()).requires_grad_()
+    out = bound(safnet_ops.group_conv_shuffle, (3, 12, 24, 1, 1))(*tensors)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out.sum().backward()  # a gradient of stride 0
+    assert tensors[0].grad.is_contiguous(memory_format=torch.channels_last)
+    expected = [value.detach().double().requires_grad_() for value in tensors]
+    bound(reference.group_conv_shuffle, (3, 12, 24, 1, 1))(*expected).sum().backward()
+    for name, value, exact in zip(NAMES, tensors, expected, strict=True):
+        assert_close(name, value.grad, exact.grad, 1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_empty_batch(layout):
+    tensors = [value.requires_grad_() for value in make(n=0)]
+    out = bound(safnet_ops.group_conv_shuffle, (3, 12, 24, 1, 1))(layout(tensors[0]), *tensors[1:])
+    assert out.shape == (0, 24, 5, 7)
+    out.sum().backward()
+    assert all(not value.grad.any() and value.grad.shape == value.shape for value in tensors)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("geometry", [(3, 12, 24, 1, 1), (3, 24, 24, 1, 1), (3, 24, 24, 1, 2)], ids=str)
+def test_nan_and_infinity_stay_where_they_belong(value, layout, geometry):
+    """A pixel reaches 3x3 outputs and no others, in every column: the last share vectors with what is not there."""
+    dilation = geometry[-1]
+    for x in range(45, 53):
+        input, weight, bias, prelu_weight, residual = make((5, 53), 1, geometry)
+        input[0, 0, 2, x] = value
+        weight, prelu_weight = weight.abs() + 1, prelu_weight + 0.1
+        out = bound(safnet_ops.group_conv_shuffle, geometry)(layout(input), weight, bias, prelu_weight, residual)
+        reached = torch.zeros(5, 53, dtype=torch.bool)
+        columns = [column for column in (x - dilation, x, x + dilation) if column < 53]
+        for row in (2 - dilation, 2, 2 + dilation):
+            reached[row, columns] = True
+        assert torch.equal(~out[0].isfinite().all(0), reached)
+        assert out[0, 1::3].isfinite().all()  # of the other groups
+        assert out[0, 2::3].isfinite().all()
+
+
+def test_infinity_beside_the_last_column_spoils_no_weight_gradient():
+    input, weight, *_ = make((3, 5), 1, (1, 1, 1, 1, 1))
+    input[..., 4] = torch.inf
+    weight.requires_grad_()
+    safnet_ops.group_conv_shuffle(input, weight).backward(torch.ones(1, 1, 3, 5))
+    # The last column is read one to the left of nothing: the weights of the left column never meet it.
+    assert weight.grad[..., 0].isfinite().all()
+    assert weight.grad[..., 1:].isinf().all()
+
+
+def test_nan_activation_has_nan_gradient():
+    input, weight, bias, prelu_weight, residual = make((4, 6), 1)
+    residual[0, 5, 1, 2] = torch.nan
+    input.requires_grad_()
+    bound(safnet_ops.group_conv_shuffle, (3, 12, 24, 1, 1))(
+        input, weight, bias, prelu_weight, residual
+    ).sum().backward()
+    assert input.grad.isfinite().all()  # PReLU's slope there is a number, as in PyTorch
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_any_shape(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    groups = draw(1, 4)
+    geometry = (groups, groups * draw(1, 10), groups * draw(1, 10), draw(1, 4), draw(1, 6))
+    tensors = make((draw(1, 20), draw(1, 60)), draw(0, 2), geometry)
+    needed = [data.draw(st.booleans()) for _ in tensors]
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    check((layout(tensors[0]), *tensors[1:]), geometry, needed)
+
+
+@pytest.mark.parametrize("geometry", [(1, 2, 3, 1, 1), (2, 2, 2, 2, 1), (2, 2, 4, 1, 2), (1, 1, 2, 2, 3)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_gradcheck(geometry, layout):
+    input, *others = make((3, 4), 1, geometry, torch.float64)
+    inputs = [value.requires_grad_() for value in (layout(input), *others)]
+    operator = bound(safnet_ops.group_conv_shuffle, geometry)
+    assert torch.autograd.gradcheck(operator, inputs)
+    assert torch.autograd.gradgradcheck(operator, inputs)
+
+
+def operator_arguments(layout, groups, stride, needs):
+    """Arguments of the registered forward and backward operators."""
+    input, weight, bias, prelu_weight, residual = make((3, 4), geometry=(groups, 6, 12, stride, 1))
+    input, weight, residual = layout(input), layout(weight), layout(residual)
+    forward = input, weight, bias, prelu_weight, residual, groups, stride, 1, True
+    out, preactivation = cpp.group_conv_shuffle(*forward)
+    grad = layout(torch.randn_like(out))
+    return forward, (grad, preactivation, input, weight, prelu_weight, groups, stride, 1, needs, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    forward, backward = operator_arguments(layout, 3, 1, needs=31)
+    torch.library.opcheck(cpp.group_conv_shuffle.default, forward)
+    torch.library.opcheck(cpp.group_conv_shuffle_backward.default, backward)
+
+
+@pytest.mark.parametrize("needs", [1, 2, 4, 8, 16])
+def test_opcheck_of_single_gradients(needs):
+    _, backward = operator_arguments(LAYOUTS[0], 1, 2, needs)
+    torch.library.opcheck(cpp.group_conv_shuffle_backward.default, backward)
+
+
+def test_opcheck_without_options():
+    (input, weight, *_), _ = operator_arguments(LAYOUTS[0], 1, 2, needs=0)
+    torch.library.opcheck(cpp.group_conv_shuffle.default, (input, weight, None, None, None, 1, 2, 1, False))
+
+
+def test_compile_and_export():
+    def loss(input, weight, bias, prelu_weight, residual):
+        out = safnet_ops.group_conv_shuffle(input * 2, weight, bias, prelu_weight, 3, residual=residual)
+        return out.square().sum()
+
+    tensors = make((12, 16))
+    leaves, compiled = ([value.clone().requires_grad_() for value in tensors] for _ in range(2))
+    loss(*leaves).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled).backward()
+    for name, leaf, other in zip(NAMES, leaves, compiled, strict=True):
+        assert_close(f"the compiled gradient of {name}", other.grad, leaf.grad.double(), 1e-6)
+
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return bound(safnet_ops.group_conv_shuffle, (3, 12, 24, 1, 1))(*tensors)
+
+    program = torch.export.export(Layer(), tuple(tensors))
+    assert any("safnet_ops.group_conv_shuffle" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(*tensors), Layer()(*tensors))
+
+
+def test_autocast():
+    input, weight, bias, prelu_weight, residual = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = safnet_ops.group_conv_shuffle(input, weight, bias, prelu_weight, 3, residual=residual)
+    assert out.dtype == torch.bfloat16
+    expected = reference.group_conv_shuffle(input, weight, bias, prelu_weight, 3, residual=residual)
+    assert_close("the result", out, expected.double(), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("geometry", [(3, 12, 24, 1, 1), (3, 12, 24, 2, 1), (3, 24, 24, 1, 1)], ids=str)
+def test_deterministic_over_runs_and_threads(layout, geometry):
+    sizes = [value.shape for value in make((150, 160), geometry=geometry)]
+    tensors = [torch.randn(size) for size in sizes]
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 2, 4, 3):
+        torch.set_num_threads(count)
+        leaves = [value.clone().requires_grad_() for value in (layout(tensors[0]), *tensors[1:])]
+        out = bound(safnet_ops.group_conv_shuffle, geometry)(*leaves)
+        out.square().sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    """4.4 GB of bfloat16: the last channels of the last picture lie beyond 32 bits."""
+    n, channels, height, width = 2, 130, 2048, 4200
+    assert n * channels * height * width > 2**31
+    input = torch.zeros(n, channels, height, width, dtype=torch.bfloat16)
+    input[-1, -1] = torch.randn(height, width)
+    weight = torch.zeros(1, channels, 3, 3, dtype=torch.bfloat16)
+    weight[0, -1, 1, 1] = 1
+    out = safnet_ops.group_conv_shuffle(input, weight)
+    assert torch.equal(out[-1, 0], input[-1, -1])
+    assert not out[0].any()
+
+
+def arguments(**changed):
+    input, weight, bias, prelu_weight, residual = make(n=1)
+    return {
+        "input": input,
+        "weight": weight,
+        "bias": bias,
+        "prelu_weight": prelu_weight,
+        "groups": 3,
+        "residual": residual,
+    } | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"input": 1}, TypeError, "group_conv_shuffle: input must be a torch.Tensor, got int"),
+        ({"input": torch.zeros(12, 5, 7)}, ValueError, r"input must have 4 dimensions .* got shape \(12, 5, 7\)"),
+        ({"input": torch.zeros(1, 12, 5, 7).int()}, TypeError, "input must be float32.* got torch.int32"),
+        (
+            {"weight": torch.zeros(24, 4, 3, 3).double()},
+            TypeError,
+            "weight must be torch.float32 like input, got torch.float64",
+        ),
+        (
+            {"weight": torch.zeros(24, 12, 3, 3)},
+            ValueError,
+            r"weight must be \(C_out, C_in / groups, 3, 3\) = \(24, 4, 3, 3\), got \(24, 12, 3, 3\)",
+        ),
+        ({"weight": torch.zeros(24, 4, 3, 3, device="meta")}, ValueError, "weight must be on cpu like input, got meta"),
+        ({"groups": 5}, ValueError, "groups must divide the 12 input and 24 output channels, got 5"),
+        ({"groups": 0}, ValueError, "groups must be an integer of at least 1, got 0"),
+        ({"stride": 0}, ValueError, "stride must be an integer of at least 1, got 0"),
+        ({"dilation": 1.5}, ValueError, "dilation must be an integer of at least 1, got 1.5"),
+        ({"bias": 1.0}, TypeError, "bias must be a torch.Tensor or None, got float"),
+        ({"bias": torch.zeros(1)}, ValueError, r"bias must be \(C_out,\) = \(24,\), got \(1,\)"),
+        ({"prelu_weight": torch.zeros(2)}, ValueError, r"prelu_weight must be \(C_out,\) = \(24,\), got \(2,\)"),
+        (
+            {"prelu_weight": torch.zeros(24).half()},
+            TypeError,
+            "prelu_weight must be torch.float32 like input, got torch.float16",
+        ),
+        (
+            {"residual": torch.zeros(1, 24, 5, 8)},
+            ValueError,
+            r"residual must be the output's shape = \(1, 24, 5, 7\), got \(1, 24, 5, 8\)",
+        ),
+        ({"backend": "fast"}, ValueError, "backend must be one of reference, cpp, cuda, triton, got 'fast'"),
+    ],
+    ids=str,
+)
+def test_errors(changed, error, message):
+    with pytest.raises(error, match=message):
+        safnet_ops.group_conv_shuffle(**arguments(**changed))
