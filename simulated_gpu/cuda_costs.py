@@ -227,7 +227,7 @@ def warp_backward(layout: torch.memory_format, deterministic: bool) -> Case:
         image = torch.rand(1, 40, height, width).contiguous(memory_format=layout)
         grad = torch.rand_like(image)
         return (
-            lambda d: d.call("backward_warp_backward", grad, image, flow, True, True, deterministic),
+            lambda d: d.call("backward_warp_backward", grad, image, flow, 0b11, deterministic),
             size_of(grad, image, flow, image, flow),
         )
 

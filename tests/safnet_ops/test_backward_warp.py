@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 import safnet_ops
 from safnet_ops import reference
+from safnet_ops.operators import needed_bits
 from tests.support.operators import DTYPES, KINDS, LAYOUTS, SIZES, TOLERANCE, assert_close, check_operator, off_grid
 
 cpp = torch.ops.safnet_ops
@@ -132,7 +133,7 @@ def test_opcheck(layout):
     torch.library.opcheck(cpp.backward_warp.default, (image, flow))
     grad = torch.randn_like(image)
     for needed in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(cpp.backward_warp_backward.default, (grad, image, flow, *needed, False))
+        torch.library.opcheck(cpp.backward_warp_backward.default, (grad, image, flow, needed_bits(needed), False))
 
 
 def test_compile_and_export():
@@ -178,9 +179,9 @@ def test_deterministic_over_runs_and_threads(layout):
 def test_64bit_offsets_give_the_same_bits(layout, request):
     image, flow = (layout(x) for x in make((20, 70)))
     grad = torch.randn_like(image)
-    narrow = cpp.backward_warp(image, flow), *cpp.backward_warp_backward(grad, image, flow, True, True, False)
+    narrow = cpp.backward_warp(image, flow), *cpp.backward_warp_backward(grad, image, flow, 0b11, False)
     request.getfixturevalue("forced_64bit")
-    wide = cpp.backward_warp(image, flow), *cpp.backward_warp_backward(grad, image, flow, True, True, False)
+    wide = cpp.backward_warp(image, flow), *cpp.backward_warp_backward(grad, image, flow, 0b11, False)
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
 

@@ -6,6 +6,7 @@ import torch
 import ptxsim
 import safnet_ops
 from safnet_ops import reference
+from safnet_ops.operators import needed_bits
 from tests.support.comparison import (
     DTYPES,
     LAYOUTS,
@@ -55,7 +56,7 @@ def test_only_the_needed_gradient_is_computed(cuda, needed):
     image, flow = inputs()
     both = check_gradients(safnet_ops.backward_warp, reference.backward_warp, (image, flow), needed)
     assert [g is not None for g in both] == list(needed)
-    found = cuda.call("backward_warp_backward", torch.ones_like(image), image, flow, *needed, False)
+    found = cuda.call("backward_warp_backward", torch.ones_like(image), image, flow, needed_bits(needed), False)
     assert [g.numel() > 0 for g in found] == list(needed)
 
 
@@ -68,7 +69,7 @@ def test_64bit_offsets_give_the_same_bits(cuda, monkeypatch, shape, layout):
 
     def run():
         forward = cuda.call("backward_warp", image, flow)
-        return forward, *cuda.call("backward_warp_backward", grad, image, flow, True, True, True)
+        return forward, *cuda.call("backward_warp_backward", grad, image, flow, 0b11, True)
 
     narrow = run()
     monkeypatch.setenv("SAFNET_OPS_FORCE_64BIT_OFFSETS", "1")
@@ -89,7 +90,7 @@ def test_deterministic_gradient_under_any_order(cuda, dtype, channels):
     found = []
     for seed in (None, 1, 2):
         with ptxsim.options(seed=seed):
-            found.append(cuda.call("backward_warp_backward", grad, image, flow, True, True, True))
+            found.append(cuda.call("backward_warp_backward", grad, image, flow, 0b11, True))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     _, expected = gradients(reference.backward_warp, (image.double(), flow.double()), (True, True), grad.double())
@@ -110,7 +111,7 @@ def test_nan_and_infinite_flow(cuda, deterministic):
     torch.testing.assert_close(out, expected, equal_nan=True)
     assert out.isnan().sum() == 4
     grad = torch.randn_like(image)
-    found = cuda.call("backward_warp_backward", grad, image, flow, True, True, deterministic)
+    found = cuda.call("backward_warp_backward", grad, image, flow, 0b11, deterministic)
     _, wanted = gradients(reference.backward_warp, (image, flow), (True, True), grad)
     torch.testing.assert_close(found[1], wanted[1], equal_nan=True)
     # Where a NaN gradient goes is the reference's accident (0 * NaN); elsewhere the gradients agree.
@@ -123,8 +124,8 @@ def test_infinite_gradient_stays_infinite_in_fixed_point(cuda):
     image, flow = inputs((1, 1, 4, 6))
     grad = torch.randn_like(image)
     grad[0, 0, 1, 2], grad[0, 0, 3, 5] = float("inf"), float("nan")
-    found = cuda.call("backward_warp_backward", grad, image, flow, True, False, True)[0]
-    expected = cuda.call("backward_warp_backward", grad, image, flow, True, False, False)[0]
+    found = cuda.call("backward_warp_backward", grad, image, flow, 0b01, True)[0]
+    expected = cuda.call("backward_warp_backward", grad, image, flow, 0b01, False)[0]
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert found.isinf().any()
     assert found.isnan().any()
@@ -134,7 +135,7 @@ def test_infinite_gradient_stays_infinite_in_fixed_point(cuda):
 def test_fixed_point_follows_the_gradients_magnitude(cuda, scale):
     image, flow = inputs((1, 1, 4, 6))
     grad = torch.randn_like(image) * scale
-    found = cuda.call("backward_warp_backward", grad, image, flow, True, False, True)[0]
+    found = cuda.call("backward_warp_backward", grad, image, flow, 0b01, True)[0]
     expected = gradients(reference.backward_warp, (image.double(), flow.double()), (True, False), grad.double())[1][0]
     assert_close(found, expected, torch.float32, "gradient")
 

@@ -92,7 +92,7 @@ def test_operators_agree_with_their_fakes():
     fusion = (dense, image, image, flow, flow, mask, mask)
     calls = [
         (ops.backward_warp, (dense, flow)),
-        (ops.backward_warp_backward, (image, dense, flow, True, False, False)),
+        (ops.backward_warp_backward, (image, dense, flow, 0b01, False)),
         (ops.fused_fuse, (*fusion, image, None, None, None, False)),
         (ops.fused_fuse_backward, (image, *fusion, image, None, None, None, False, 0b10001011, False)),
         (ops.upsample_fuse, (*fusion, image)),
