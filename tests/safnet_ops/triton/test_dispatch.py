@@ -16,7 +16,7 @@ PRECISIONS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 def run_python(code):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=golden.FILE.parent.parent
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=golden.FILE.parents[2]
     )
 
 
