@@ -66,7 +66,7 @@ def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> C
     Raises:
         ValueError: not three frames of that shape and one size, or not three finite EVs that ascend.
     """
-    _check(frames, evs)
+    check_bracket("calibrate", frames, evs)
     frames = [_shrink(frame) for frame in frames]
     flows = align(frames, evs)
     found = Calibration(tuple(evs), measure_curve(frames, flows, evs))
@@ -127,12 +127,13 @@ def develop(frame: Tensor, curve: Tensor) -> Tensor:
     return frame * (torch.lerp(curve[knot], curve[knot + 1], position - knot) / GAMMA).exp2()
 
 
-def _check(frames: Sequence[Tensor], evs: Sequence[float]) -> None:
+def check_bracket(operator: str, frames: Sequence[Tensor], evs: Sequence[float]) -> None:
+    """Raise ValueError, naming the operator, unless there are three frames (1, 3, H, W) and three finite EVs that ascend."""
     shapes = [tuple(frame.shape) for frame in frames]
     if len(shapes) != 3 or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][:2] != (1, 3):
-        raise ValueError(f"calibrate: frames must be three of (1, 3, H, W), got {shapes}")
+        raise ValueError(f"{operator}: frames must be three of (1, 3, H, W), got {shapes}")
     if len(evs) != 3 or not all(map(math.isfinite, evs)) or any(low >= high for low, high in pairwise(evs)):
-        raise ValueError(f"calibrate: evs must be three finite numbers that ascend, got {tuple(evs)}")
+        raise ValueError(f"{operator}: evs must be three finite numbers that ascend, got {tuple(evs)}")
 
 
 def _shrink(frame: Tensor) -> Tensor:

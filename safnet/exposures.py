@@ -18,6 +18,9 @@ EXPOSURE_FILE = "exposure.txt"
 SMALLEST_STEP = 0.05  # EV; frames closer than this count as equally exposed
 LARGEST_SPAN = 30.0  # EV; more than any bracket, so a sign of exposure times in place of EVs
 HINT = "give them with --ev, for example --ev -2 0 2"
+NUMBER = re.compile(r"[+-]?(\d+([.,]\d+)?|\.\d+)")
+FRACTION = re.compile(r"([+-]?)(\d+)/0*([1-9]\d*)")
+EV_PARTS = (1, 2, 3, 4, 6)  # of a stop, in which EVs are written as fractions
 
 
 class ExposureError(ValueError):
@@ -120,6 +123,68 @@ def exif_evs(frames: Sequence[Header]) -> list[float]:
         math.log2((frame.exposure_time or 1) * (frame.iso or 100) / 100 / (frame.f_number or 1) ** 2)
         for frame in frames
     ]
+
+
+# ---- as people write them --------------------------------------------------------------------------------------------
+
+
+def parse_evs(text: str) -> list[float]:
+    """EVs as written on a command line: "-2 0 2", "-2,0,2", or with decimal commas "-1,5 0 1,5" and "-1,5; 0; 1,5".
+
+    Exposure times in seconds are taken too, and become EVs: where a value has an s as "0.5s", or where none has a sign and
+    fractions are of the form 1/N: "1/80 1/20 1/5", "1/2 2 8". Other fractions are parts of a stop: "-1/3 0 1/3".
+
+    Raises:
+        ExposureError: not three numbers.
+    """
+    words = split_exposures(text)
+    if len(words) != FRAMES or not all(map(is_exposure, words)):
+        raise ExposureError(
+            f"--ev must be {FRAMES} exposures in stops, for example --ev -2 0 2, or times such as --ev 1/80 1/20 1/5, "
+            f"got {text!r}"
+        )
+    if _are_times(words):
+        seconds = [_value(word) for word in words]
+        if min(seconds) <= 0:
+            raise ExposureError(f"--ev: exposure times must be above 0, for example --ev 1/80 1/20 1/5, got {text!r}")
+        return [math.log2(time) for time in seconds]
+    for word in words:
+        if (fraction := FRACTION.fullmatch(word)) and int(fraction[3]) not in EV_PARTS:
+            raise ExposureError(
+                f"--ev: {word} is neither a part of a stop, as in --ev -1/3 0 1/3, nor all of them exposure times, as in "
+                f"--ev 1/80 1/20 1/5, got {text!r}"
+            )
+    return [_value(word) for word in words]
+
+
+def split_exposures(text: str) -> list[str]:
+    """The values of a text, be they divided by blanks, semicolons or commas; a comma in one of several is a decimal one."""
+    words = [word for part in re.split(r"[\s;]+", text.replace("\N{MINUS SIGN}", "-")) if (word := part.rstrip(","))]
+    return words[0].split(",") if len(words) == 1 else words
+
+
+def is_exposure(word: str) -> bool:
+    """Whether a word is one value as `parse_evs` takes it."""
+    word = word.replace("\N{MINUS SIGN}", "-").removesuffix("s")
+    return bool(NUMBER.fullmatch(word) or FRACTION.fullmatch(word))
+
+
+def _are_times(words: Sequence[str]) -> bool:
+    if any(word.endswith("s") for word in words):
+        return True
+    fractions = [fraction for word in words if (fraction := FRACTION.fullmatch(word))]
+    unsigned = all(word[0] not in "+-" and _value(word) > 0 for word in words)
+    return bool(fractions) and unsigned and all(fraction[2] == "1" for fraction in fractions)
+
+
+def _value(word: str) -> float:
+    word = word.removesuffix("s")
+    if fraction := FRACTION.fullmatch(word):
+        return float(f"{fraction[1]}1") * int(fraction[2]) / int(fraction[3])
+    return float(word.replace(",", "."))
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def _check_count(files: Sequence[Path], demand: str) -> None:

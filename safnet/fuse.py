@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import safnet_ops
-from safnet.calibrate import Calibration, calibrate
+from safnet.calibrate import Calibration, calibrate, check_bracket
 from safnet.model import Fusion, SAFNet
 from safnet.radiance import exposure_input, exposure_ratios
 
@@ -26,13 +26,17 @@ class Result(NamedTuple):
     """Linear radiance (1, 3, H, W) in [0, 1] in the short exposure's units, and what is behind it.
 
     Attributes:
+        radiance: on the model's device.
+        fusion: the explicit fusion before the refine module, with full-size flows and masks.
         evs, curve: exposures and camera curve, given or measured (see `safnet.calibrate.Calibration`).
+        given_evs: the exposures before anything was measured.
     """
 
     radiance: Tensor
     fusion: Fusion
     evs: tuple[float, ...]
     curve: Tensor | None
+    given_evs: tuple[float, ...]
 
 
 def fuse_exposures(
@@ -49,14 +53,18 @@ def fuse_exposures(
 
     Args:
         model: in eval mode, on the device where the work shall run.
-        frames: short, reference, long: (1, 3, H, W) float32, LDR values in [0, 1].
-        evs: their exposure values in stops, ascending.
+        frames: short, reference, long: (1, 3, H, W) float32, LDR values in [0, 1], on any device.
+        evs: their exposure values in stops, ascending; only differences matter.
         measure: find out the outer frames' true exposures and the camera's curve (see `calibrate`), instead of trusting
             `evs` and assuming gamma 2.2.
         tile: side of the refine module's tiles in pixels; 0 for the whole frame, None to choose by the frame's size.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
-        progress: called after each step.
+        progress: called after each step with its name, the number of steps done, and of all.
+
+    Raises:
+        ValueError: not three frames of one such shape, type and range, not three finite EVs that ascend, or a negative tile.
     """
+    _check(frames, evs, tile)
     device = next(model.parameters()).device
 
     def inputs(frames: Sequence[Tensor], evs: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +86,19 @@ def fuse_exposures(
         fusion = model.fuse(short, reference, long, model.estimate(short, reference, long))
         progress("aligning", 1, 1)
         radiance = _refine(model, short, reference, long, fusion, tile, progress)
-    return Result(radiance, fusion, bracket.evs, bracket.curve)
+    return Result(radiance, fusion, bracket.evs, bracket.curve, tuple(evs))
+
+
+def _check(frames: Sequence[Tensor], evs: Sequence[float], tile: int | None) -> None:
+    check_bracket("fuse_exposures", frames, evs)
+    for name, frame in zip(("short", "reference", "long"), frames, strict=True):
+        if frame.dtype != torch.float32:
+            raise ValueError(f"fuse_exposures: the {name} frame must be float32, got {frame.dtype}")
+        low, high = (limit.item() for limit in frame.aminmax())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"fuse_exposures: the {name} frame must have values in [0, 1], got {low:g} to {high:g}")
+    if tile is not None and tile < 0:
+        raise ValueError(f"fuse_exposures: tile must be at least 0, got {tile}")
 
 
 def _refine(

@@ -5,17 +5,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import OpenImageIO as oiio
 
+from safnet.choices import Depth
+from safnet.files import written_whole
 from safnet.radiance import GAMMA
 
 FloatPicture = npt.NDArray[np.float32]
 BytePicture = npt.NDArray[np.uint8]
-Depth = Literal["half", "float", "uint16"]
 
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".exr")
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -158,7 +159,6 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _write(path: Path, pixels: npt.NDArray[Any], depth: str, attributes: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], depth)
     spec.attribute("Software", "safnet")
     for name, value in attributes.items():
@@ -170,14 +170,12 @@ def _write(path: Path, pixels: npt.NDArray[Any], depth: str, attributes: dict[st
     assert target is not None, f"OpenImageIO was built without {path.suffix}"
     pixels = np.ascontiguousarray(pixels)
     try:
-        written = target.open(str(partial), spec) and target.write_image(pixels) and target.close()
-        if not written:
-            raise ImageError(f"{path} cannot be written: {_first_line(target.geterror())}")
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            written = target.open(str(partial), spec) and target.write_image(pixels) and target.close()
+            if not written:
+                raise ImageError(f"{path} cannot be written: {_first_line(target.geterror())}")
     except OSError as error:
         raise ImageError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _colour_channels(path: Path, spec: Any) -> list[int]:

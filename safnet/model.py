@@ -5,15 +5,14 @@ fine at half size. The explicit fusion merges the exposures from them, and a ref
 Module names are those of the published checkpoints.
 """
 
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import safnet_ops
-
-Variant = Literal["full", "small"]
+from safnet.choices import Variant
 
 LEVELS = 4
 FEATURES = 40  # channels of every encoder level
@@ -44,6 +43,15 @@ class Fusion(NamedTuple):
 
 # Devices on which an ordinary convolution (groups=1) is faster by our operator than by the library's.
 BEATS_LIBRARY = ("cpu",)
+
+
+def describe_convolutions() -> str:
+    """A sentence on which of the model's layers run by our operators, for people."""
+    devices = ", ".join({"cpu": "CPU", "cuda": "CUDA"}.get(kind, kind) for kind in BEATS_LIBRARY) or "no device"
+    return (
+        "SAFNet runs its warps, fusion and grouped convolutions by these operators everywhere, its other 3x3 convolutions "
+        f"on {devices} only: elsewhere the library's are taken to be faster"
+    )
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, prelu: nn.PReLU | None = None, residual: Tensor | None = None) -> Tensor:

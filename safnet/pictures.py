@@ -1,18 +1,17 @@
 """Pictures for eyes: tone-mapped previews, flows as colours, masks, and one sheet with all steps of a fusion."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from safnet.choices import ToneMap
 from safnet.fuse import Result
 from safnet.images import BytePicture, FloatPicture
 from safnet.radiance import GAMMA, tone_map
 
-ToneMap = Literal["mu-law", "reinhard"]
 Array = npt.NDArray[np.float32]
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709

@@ -9,7 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safnet.model import SAFNet, Variant
+from safnet.choices import Variant
+from safnet.files import written_whole
+from safnet.model import SAFNet
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 SHOWN_KEYS = 5  # how many keys of a misfit an error message lists
@@ -19,22 +21,29 @@ class WeightsError(ValueError):
     """A weights file that is missing, unreadable, or not SAFNet's."""
 
 
-def load_model(name: str | os.PathLike[str] = "safnet-s") -> SAFNet:
+def load_model(name: str | os.PathLike[str] = "safnet-s", device: str | torch.device = "cpu") -> SAFNet:
     """A SAFNet in eval mode, from a shipped model's name or a weights file.
 
     Args:
         name: "safnet" (full) or "safnet-s" (small), which are shipped, or the path of a .safetensors or .pth state dict. The
             authors' published .pth files fit unchanged; .pth files are read with weights_only, so they cannot run code.
+        device: where the model shall be: one of torch's, or "auto" for a GPU if there is one, else the CPU.
 
     Raises:
         WeightsError: the file is missing, unreadable, or its keys or shapes are not a SAFNet's (the differences are listed).
+        ValueError: the device cannot be used.
     """
     path = weights_path(name)
     state = read_state(path)
     model = SAFNet(_guess_variant(state))
     _check_fit(path, model.state_dict(), state)
     model.load_state_dict(state)
-    return model.eval()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
 
 
 def weights_path(name: str | os.PathLike[str]) -> Path:
@@ -54,13 +63,9 @@ def weights_path(name: str | os.PathLike[str]) -> Path:
 def save_model(model: SAFNet, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
     """Write a model's weights as .safetensors, whole or not at all."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    try:
+    with written_whole(path) as partial:
         save_file(state, partial, {"format": "pt", "variant": model.variant, **(metadata or {})})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def take_fitting(model: SAFNet, start: SAFNet) -> None:

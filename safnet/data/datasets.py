@@ -9,19 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import OpenImageIO as oiio
 import torch
 from torch import Tensor
 
+from safnet.choices import DatasetName, Split
 from safnet.exposures import find_evs
 from safnet.images import FLOAT_TYPES, FloatPicture, ImageError, find_frames, read_header, read_ldr
 from safnet.radiance import GAMMA
-
-DatasetName = Literal["kalantari17", "challenge123", "tel23", "ntire21", "folder"]
-Split = Literal["Training", "Test"]
 
 NTIRE_GAMMA = 2.24  # camera curve of NTIRE 2021, by its organisers
 TRUTH_NAMES = ("HDRImg", "hdr_img", "truth", "gt", "ground_truth")  # of the "folder" layout, without extension

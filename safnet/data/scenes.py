@@ -6,12 +6,10 @@ exactly: the reference frame's radiance, the flow from it to the other two, and 
 """
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import OpenImageIO as oiio
@@ -20,9 +18,9 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor
 
+from safnet.choices import PanoramaSplit
+from safnet.files import written_whole
 from safnet.radiance import GAMMA
-
-Split = Literal["train", "validation", "all"]
 
 VALIDATION_EVERY = 7  # every seventh panorama by name is held out
 PANORAMA_EXTENSIONS = (".hdr", ".exr")
@@ -92,7 +90,7 @@ class Scene(NamedTuple):
     visible: Tensor
 
 
-FOLDERS: dict[Split, str] = {"train": "Training", "all": "Training", "validation": "Test"}  # as in Kalantari17
+FOLDERS: dict[PanoramaSplit, str] = {"train": "Training", "all": "Training", "validation": "Test"}  # as in Kalantari17
 FRAME_NAMES = ("1_short.tif", "2_medium.tif", "3_long.tif")  # sorted by name is sorted by exposure
 WRAP = 4  # columns repeated at either side of a panorama and rows and columns of a tile, for bicubic sampling
 
@@ -100,7 +98,7 @@ WRAP = 4  # columns repeated at either side of a panorama and rows and columns o
 # ---- panoramas -------------------------------------------------------------------------------------------------------
 
 
-def find_panoramas(folder: Path, split: Split = "all") -> list[Path]:
+def find_panoramas(folder: Path, split: PanoramaSplit = "all") -> list[Path]:
     """The panorama files of a folder by name, those of one split. Raises SceneError when there are none."""
     if not folder.is_dir():
         raise SceneError(f"panorama folder {folder} does not exist")
@@ -540,13 +538,21 @@ def synthesize(
     count: int,
     settings: SceneSettings | None = None,
     *,
-    split: Split = "all",
+    split: PanoramaSplit = "all",
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write `count` scenes in Kalantari17's layout and return their folder, OUT/Training or, for validation, OUT/Test.
 
     Scenes that are there already are kept, so that a stopped run goes on where it was.
+
+    Args:
+        panorama_folder: equirectangular HDR panoramas, .hdr or .exr.
+        out: made where it is missing.
+        settings: what scenes draw their values from; SceneSettings() by default.
+        split: which panoramas: every seventh by name is for validation.
+        seed: at least 0; the same one gives the same scenes.
+        progress: called with the scenes done and in all.
 
     Raises:
         SceneError: a setting or the panorama folder is not usable.
@@ -562,7 +568,12 @@ def synthesize(
         progress(index, count)
         target = folder / f"{index:04d}"
         if not target.exists():
-            write_scene(synthesize_scene(panoramas, settings, seed, index), target)
+            scene = synthesize_scene(panoramas, settings, seed, index)
+            try:
+                write_scene(scene, target)
+            except OSError:
+                if not target.exists():  # else another process was faster
+                    raise
     progress(count, count)
     return folder
 
@@ -585,19 +596,14 @@ def write_scene(scene: Scene, folder: Path) -> None:
 
     flow.npy is (2, 2, H, W) float16 in pixels, visible.npy (2, H, W) bool; see Scene.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with written_whole(folder) as partial:
+        partial.mkdir(parents=True)
         for name, frame in zip(FRAME_NAMES, scene.frames, strict=True):
             _write_pixels(partial / name, (frame * 2**16).permute(1, 2, 0).numpy().astype(np.uint16), "uint16")
         _write_pixels(partial / "HDRImg.hdr", _round_for_rgbe(scene.truth.permute(1, 2, 0).numpy()), "float")
         (partial / "exposure.txt").write_text("".join(f"{ev:g}\n" for ev in scene.evs))
         np.save(partial / "flow.npy", scene.flow.numpy().astype(np.float16))
         np.save(partial / "visible.npy", scene.visible.numpy())
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _round_for_rgbe(radiance: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, ...], measure: bo
         )
     alignment = Alignment(flow_short, flow_long, mask_short, mask_long)
     fused = safnet_ops.fused_fuse(short, reference, long, *alignment, pictures[1])
-    return Result(fused, Fusion(fused, alignment), bracket.evs, bracket.curve)
+    return Result(fused, Fusion(fused, alignment), bracket.evs, bracket.curve, evs)
 
 
 def ghost_mask(aligned: Tensor, reference: Tensor, ratio: float) -> Tensor:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -17,10 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from safnet.data.datasets import DatasetName
+from safnet.choices import DatasetName
 from safnet.evaluation.run import Evaluation, Mean
 from safnet.evaluation.thumbnails import ERROR_WHITE
 from safnet.evaluation.timing import Timing, device_name
+from safnet.files import write_text
 from safnet.metrics import SCORES
 
 MAIN_SCORES = ("psnr_mu", "psnr_l", "ssim_mu", "ssim_l")
@@ -222,6 +222,22 @@ def _plain(value: float | None) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def write_report(folder: Path, evaluation: Evaluation, run: Run) -> list[Path]:
+    """Write scores.csv, scores.json and report.html into a folder, each whole or not at all; the first is the report.
+
+    Raises:
+        ValueError: Jinja2 is missing.
+        OSError: a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("report.html", "scores.csv", "scores.json")]
+    html, table, data = files
+    write_csv(table, evaluation)
+    write_json(data, evaluation, run)
+    write_html(html, evaluation, run)
+    return files
+
+
 def write_csv(path: Path, evaluation: Evaluation) -> None:
     """One row a scene and method; scores in full precision, empty where there is none."""
     names = score_names(evaluation)
@@ -236,7 +252,7 @@ def write_csv(path: Path, evaluation: Evaluation) -> None:
             result = evaluation.scores[method.name][scene.name]
             values = [result.scores.get(name) for name in names]
             writer.writerow([scene.name, method.name, *facts, result.seconds, *values, result.error])
-    _write(path, stream.getvalue())
+    write_text(path, stream.getvalue())
 
 
 def write_json(path: Path, evaluation: Evaluation, run: Run) -> None:
@@ -256,7 +272,7 @@ def write_json(path: Path, evaluation: Evaluation, run: Run) -> None:
             for method, results in evaluation.scores.items()
         },
     }
-    _write(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_html(path: Path, evaluation: Evaluation, run: Run) -> None:
@@ -291,7 +307,7 @@ def write_html(path: Path, evaluation: Evaluation, run: Run) -> None:
         index=_finite(_index(evaluation, names)),
         pictures=list(_pictures(evaluation)),
     )
-    _write(path, text)
+    write_text(path, text)
 
 
 def _index(evaluation: Evaluation, names: list[str]) -> dict[str, Any]:
@@ -355,12 +371,3 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return "Infinity" if isinstance(data, float) and math.isinf(data) else data
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

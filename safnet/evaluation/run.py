@@ -6,32 +6,23 @@ it is there, under a key of all that it depends on, so that an interrupted run r
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from safnet.data.datasets import (
-    NTIRE_GAMMA,
-    RADIANCE_EXTENSIONS,
-    DatasetName,
-    Sample,
-    SceneFiles,
-    load_scene,
-    ntire_encode,
-    read_radiance,
-)
-from safnet.evaluation.baselines import BASELINES, dis_flow, fuse_baseline
+from safnet.choices import DatasetName
+from safnet.data.datasets import NTIRE_GAMMA, Sample, SceneFiles, load_scene, ntire_encode
+from safnet.evaluation.baselines import dis_flow
+from safnet.evaluation.methods import EvaluationError, Method, stamp
 from safnet.evaluation.thumbnails import result_pictures, scene_pictures
-from safnet.fuse import Result, fuse_exposures
+from safnet.files import write_text
 from safnet.metrics import PEAK_LUMINANCE, ColorVideoVDP, mean, ntire_scores, psnr_l, psnr_mu, score, through_rgbe
-from safnet.model import SAFNet
 from safnet.radiance import exposure_ratios
 
 CACHE_VERSION = 1  # raise it when scores or pictures of the same inputs change
@@ -41,121 +32,6 @@ MOTION_PERCENTILE = 99.0
 # Scenes by their motion in pixels and by the clipped part of the reference: name and upper limit.
 MOTION_GROUPS = (("still, < 5 px", 5.0), ("motion 5 to 30 px", 30.0), ("motion >= 30 px", float("inf")))
 CLIPPED_GROUPS = (("clipped < 5 %", 0.05), ("clipped 5 to 20 %", 0.2), ("clipped >= 20 %", float("inf")))
-
-
-Kind = Literal["model", "baseline", "predictions"]
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot start, or with `strict` a scene that cannot be scored."""
-
-
-class Outcome(NamedTuple):
-    """Radiance (1, 3, H, W) of one scene, and the fusion that it came from, where a method has one."""
-
-    radiance: Tensor
-    result: Result | None
-
-
-class Method(Protocol):
-    """Something that turns exposures into radiance. `identity` is all that its results depend on besides the scene."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> Kind: ...
-
-    @property
-    def identity(self) -> dict[str, Any]: ...
-
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome: ...
-
-
-@dataclass
-class ModelMethod:
-    """A SAFNet, on the device where it lies."""
-
-    name: str
-    model: SAFNet
-    weights_hash: str
-    precision: str = "float32"
-    tile: int | None = None
-    kind: Literal["model"] = "model"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"weights_sha256": self.weights_hash, "precision": self.precision, "variant": self.model.variant}
-
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome:
-        precision = getattr(torch, self.precision)
-        pictures = [frame[None] for frame in frames]
-        result = fuse_exposures(self.model, pictures, evs, measure=measure, tile=self.tile, precision=precision)
-        return Outcome(result.radiance, result)
-
-
-@dataclass
-class BaselineMethod:
-    """One of `safnet.evaluation.baselines.BASELINES`."""
-
-    name: str
-    kind: Literal["baseline"] = "baseline"
-
-    def __post_init__(self) -> None:
-        if self.name not in BASELINES:
-            raise EvaluationError(f"--baseline must be one of {', '.join(BASELINES)}, got {self.name!r}")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"baseline": self.name}
-
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome:
-        result = fuse_baseline(self.name, frames, evs, measure)
-        return Outcome(result.radiance, result)
-
-
-@dataclass
-class PredictionMethod:
-    """Another method's results: a folder of SCENE.hdr, .exr or float .tif, linear, in the short exposure's units.
-
-    Where no file has a scene's name, but there are as many files as scenes, they are taken in order, as the numbered
-    results of SAFNet's authors are meant.
-    """
-
-    name: str
-    folder: Path
-    scenes: Sequence[SceneFiles]
-    kind: Literal["predictions"] = "predictions"
-    by_scene: dict[str, Path] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise EvaluationError(f"--predictions {self.folder} does not exist")
-        files = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in RADIANCE_EXTENSIONS)
-        names = [scene.name for scene in self.scenes]
-        self.by_scene = {path.stem: path for path in files if path.stem in names}
-        self.in_order = not self.by_scene and len(files) == len(names)
-        if self.in_order:
-            self.by_scene = dict(zip(names, files, strict=True))
-        if not self.by_scene:
-            raise EvaluationError(
-                f"--predictions {self.folder} must hold SCENE{'|'.join(RADIANCE_EXTENSIONS)} files, such as "
-                f"{names[0]}.hdr; got {', '.join(path.name for path in files[:3]) or 'none'}"
-            )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"predictions": {name: _stamp(path) for name, path in self.by_scene.items()}}
-
-    def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome:
-        if files.name not in self.by_scene:
-            raise EvaluationError(f"no prediction {files.name}.hdr in {self.folder}")
-        path = self.by_scene[files.name]
-        radiance = torch.from_numpy(read_radiance(path)).permute(2, 0, 1)[None]
-        if radiance.shape[2:] != frames.shape[2:]:
-            sizes = (f"{size[1]}x{size[0]}" for size in (radiance.shape[2:], frames.shape[2:]))
-            raise EvaluationError(f"prediction {path} is {' but the scene is '.join(sizes)}")
-        return Outcome(radiance, None)
 
 
 @dataclass(frozen=True)
@@ -238,6 +114,10 @@ class Evaluation:
             len(good), len(results) - len(good), {name: value for name, value in means.items() if value is not None}
         )
 
+    def any_scored(self) -> bool:
+        """Whether there is a scene that some method could be scored on."""
+        return any(self.mean(method.name).used for method in self.methods)
+
     def groups(self) -> list[str]:
         """The groups that have scenes, in order."""
         present = {group for scene in self.scenes if not scene.error for group in scene.groups}
@@ -298,11 +178,6 @@ def evaluate(
     return evaluation
 
 
-def weights_hash(path: Path) -> str:
-    """SHA-256 of a weights file, as sha256sum prints it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _evaluate_scene(
     number: int,
     files: SceneFiles,
@@ -314,7 +189,7 @@ def _evaluate_scene(
 ) -> tuple[Scene, dict[str, Score]]:
     ev_error = settings.ev_error * (-1) ** number
     common = {
-        "scene": [_stamp(path) for path in files.paths()],
+        "scene": [stamp(path) for path in files.paths()],
         "settings": {**asdict(settings), "ev_error": ev_error},
     }
     keys = {method.name: {**common, "method": method.identity} for method in methods}
@@ -415,15 +290,6 @@ def _group(value: float, groups: Iterable[tuple[str, float]]) -> str:
     return next(name for name, limit in groups if value < limit)
 
 
-def _stamp(path: Path) -> list[Any]:
-    """What tells a changed file: its path, size and time of change."""
-    try:
-        status = path.stat()
-    except OSError:
-        return [str(path.resolve())]
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
-
-
 class _Cache:
     """Results as JSON files, named by a hash of all that they depend on."""
 
@@ -445,9 +311,7 @@ class _Cache:
     def save(self, value: Any, key: dict[str, Any]) -> None:
         path = self._path(type(value), key)
         if path is not None:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(asdict(value)))
-            os.replace(partial, path)
+            write_text(path, json.dumps(asdict(value)))
 
     def _path(self, kind: type[Any], key: dict[str, Any]) -> Path | None:
         if self.folder is None:

@@ -2,11 +2,15 @@
 
 import gc
 import os
+import pickle
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -18,6 +22,7 @@ from safnet.fuse import fuse_exposures
 from safnet.model import SAFNet
 
 TIMING_EVS = (-2.0, 0.0, 2.0)
+SMALL_SIZE = 32, 32  # pixels
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Timing:
 
     Attributes:
         seconds: of each run, after the warm-up.
-        peak_memory: bytes above what was in use before, None where the system does not tell.
+        peak_memory: bytes that a run takes at its peak above model and frames, None where the system does not tell.
         multiply_adds: of one run's convolutions.
     """
 
@@ -55,10 +60,13 @@ def time_model(
     tile: int | None = None,
     precision: torch.dtype = torch.float32,
 ) -> Timing:
-    """Time a model on noise frames of a size, on the device where it lies. `runs` is at least 1."""
+    """Time a model on noise frames of a size, on the device where it lies. `runs` is at least 1.
+
+    On a CPU the memory is measured in a process of its own, as the modules `multiprocessing` starts them: scripts that call
+    this must do so under `if __name__ == "__main__":`.
+    """
     device = next(model.parameters()).device
-    noise = torch.Generator().manual_seed(0)
-    frames = [torch.rand(1, 3, height, width, generator=noise).to(device) for _ in TIMING_EVS]
+    frames = _noise_frames(height, width, device)
 
     def run() -> float:
         started = time.perf_counter()
@@ -67,8 +75,11 @@ def time_model(
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    peak_memory = peak_memory_of(run, device)  # a warm-up too
-    for _ in range(warm_up - 1):
+    if device.type == "cpu":
+        peak_memory = _peak_memory_elsewhere(model, height, width, tile, precision)
+    else:
+        peak_memory = peak_memory_of(run, device)
+    for _ in range(warm_up):
         run()
     seconds = tuple(run() for _ in range(runs))
     return Timing(
@@ -98,8 +109,44 @@ def count_multiply_adds(model: SAFNet, height: int, width: int) -> int:
     return counter.get_total_flops() // 2  # a multiply-add counts as two operations there
 
 
+def _noise_frames(height: int, width: int, device: torch.device) -> list[torch.Tensor]:
+    noise = torch.Generator().manual_seed(0)
+    return [torch.rand(1, 3, height, width, generator=noise).to(device) for _ in TIMING_EVS]
+
+
+def _peak_memory_elsewhere(
+    model: SAFNet, height: int, width: int, tile: int | None, precision: torch.dtype
+) -> int | None:
+    """`peak_memory_of` a fusion on the CPU in a new process; None where the system does not tell, or ended it.
+
+    Here, memory that the allocator kept from earlier runs would be used again and not count.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        data = pickle.dumps(model)  # a plain copy: multiprocessing would share its tensors
+        task = executor.submit(_peak_memory_here, data, height, width, tile, precision, torch.get_num_threads())
+        try:
+            return task.result()
+        except BrokenProcessPool:
+            return None
+
+
+def _peak_memory_here(
+    data: bytes, height: int, width: int, tile: int | None, precision: torch.dtype, threads: int
+) -> int | None:
+    torch.set_num_threads(threads)
+    model, device = pickle.loads(data), torch.device("cpu")
+    small, frames = (_noise_frames(*size, device) for size in (SMALL_SIZE, (height, width)))
+    fuse_exposures(model, small, TIMING_EVS, precision=precision)  # loads kernels and starts threads
+    return peak_memory_of(lambda: fuse_exposures(model, frames, TIMING_EVS, tile=tile, precision=precision), device)
+
+
 def peak_memory_of(work: Callable[[], object], device: torch.device) -> int | None:
-    """Peak bytes that `work` takes on the device above what was in use before; None where the system does not tell."""
+    """Peak bytes that `work` takes on the device above what was in use before; None where the system does not tell.
+
+    On a CPU it counts what the process gets from the system: nothing, if `work` has run there before.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from safnet.model import FEATURES, LEVELS, SAFNet
+from safnet.training.settings import PARTS as PARTS
 
-PARTS = ("mask", "flow", "fused", "refine")
 FULL_TRUST = 20.0  # a logit whose sigmoid is 1 in float32
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from safnet.files import written_whole
 from safnet.model import Fusion
 from safnet.pictures import flow_picture, flow_reach, mask_picture
 from safnet.radiance import tone_map
@@ -92,7 +93,7 @@ class Keeper(Callback):
         return trainer.strategy.reduce_boolean_decision(wish, all=False) if trainer.world_size > 1 else wish
 
     def _save(self, trainer: lightning.Trainer, module: Any) -> None:
-        partial = self.settings.out / f"{CHECKPOINT}.partial"
+        partial = self.settings.out / f"{CHECKPOINT}.partial"  # one name, as all processes of a run may write to it
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             os.replace(partial, self.settings.out / CHECKPOINT)
@@ -178,9 +179,8 @@ class Strip(Callback):
             return
         width = min(row.shape[1] for row in self.rows)
         page = np.concatenate([row[:, :width] for row in self.rows])
-        partial = self.out / f".{PICTURES}"
-        Image.fromarray(page).save(partial)
-        os.replace(partial, self.out / PICTURES)
+        with written_whole(self.out / PICTURES) as partial:
+            Image.fromarray(page).save(partial, "PNG")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("validation", page, trainer.global_step, dataformats="HWC")
@@ -230,12 +230,10 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self.kept is not None:
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            with partial.open("w", newline="") as file:
+            with written_whole(self.path) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.kept)
-            os.replace(partial, self.path)
             self.kept = None
         row = {name: f"{value:.7g}" for name, value in metrics.items() if name in self.columns}
         with self.path.open("a", newline="") as file:

@@ -4,7 +4,6 @@ Crop number k of a run depends on k and the seed alone, whichever process draws 
 """
 
 import hashlib
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from safnet.data.datasets import DatasetError, SceneFiles, find_scenes, in_all_orders, load_scene
 from safnet.data.scenes import Panorama, Scene, SceneSettings, find_panoramas, load_panorama, synthesize_scene
+from safnet.files import written_whole
 from safnet.radiance import exposure_input, exposure_ratios
 from safnet.training.settings import TrainingError, TrainSettings
 
@@ -126,13 +126,9 @@ class CachedScenes:
                 pass
         scene = self.scenes.read(number)
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            evs = {f"ev{i}": repr(ev) for i, ev in enumerate(scene.evs)}
+        evs = {f"ev{i}": repr(ev) for i, ev in enumerate(scene.evs)}
+        with written_whole(path) as partial:
             save_file({name: part.contiguous() for name, part in _tensors(scene).items()}, partial, evs)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         if self.keep is not None:
             self._path(number - self.keep).unlink(missing_ok=True)
         return scene

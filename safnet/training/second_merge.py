@@ -8,17 +8,22 @@ colours tell whether the short frame shows the same surface: if they disagree, t
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from safnet.choices import DatasetName, Variant
+from safnet.data.datasets import find_scenes
 from safnet.model import FullRefine, ResidualBlock, SAFNet, SmallRefine
 from safnet.radiance import MU, tone_map
+from safnet.training.crops import Whole
 from safnet.training.initialisation import HERE
+from safnet.weights import load_model, save_model, take_fitting
 
 COLOURS = 3
 
@@ -235,6 +240,66 @@ def fit_second_merge(model: SAFNet, scenes: Iterable[tuple[Tensor, Tensor]], sca
     for colour in range(COLOURS):
         weight[colour, _channels(refine, colour)] = solution.to(weight).view(-1, 3, 3)
     return count
+
+
+def fit_files(
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    model: str | Path = "safnet-s",
+    variant: Variant | None = None,
+    dataset: DatasetName = "kalantari17",
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> int:
+    """Fit a model's refine module to the scenes of folders, and write the model's weights.
+
+    Args:
+        folders: of scenes with truth, or of data sets, whose training scenes are taken.
+        output: .safetensors file.
+        model: as of `safnet.load_model`; its flows and masks are kept.
+        variant: kind of model to write; None for the model's own.
+        dataset: layout of the scenes.
+        device: where to compute: one of torch's, or "auto" for a GPU if there is one.
+        overwrite: replace `output` if it exists.
+        progress: called before each scene.
+
+    Returns:
+        How many scenes there were.
+
+    Raises:
+        DatasetError, WeightsError, ValueError: a folder, file, scene or device that cannot be used; nothing was written.
+    """
+    _check_output(output, overwrite)
+    files = [scene for folder in folders for scene in find_scenes(dataset, folder, "Training")]
+    for scene in files:
+        scene.check()
+    network = load_model(model, device)
+    where = next(network.parameters()).device
+    if variant not in (None, network.variant):
+        start, network = network, SAFNet(variant).to(where).eval()
+        take_fitting(network, start)
+    pictures = Whole(files)
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(len(pictures)):
+            progress("scenes", number, len(pictures))
+            exposures, truth = pictures[number]
+            yield exposures.to(where), truth.to(where)
+
+    count = fit_second_merge(network, read())
+    save_model(network, output)
+    return count
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output must end in .safetensors, got {str(output)!r}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output {str(output)!r} exists; --overwrite replaces it")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {str(output)!r}: the folder {str(output.parent)!r} does not exist")
 
 
 def _check_scene(exposures: Tensor, truth: Tensor, number: int) -> None:

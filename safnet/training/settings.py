@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from safnet.model import Variant
-from safnet.training.ablation import PARTS
+from safnet.choices import DatasetName, Precision, Variant
+from safnet.files import write_text
 
+PARTS = (
+    "mask",
+    "flow",
+    "fused",
+    "refine",
+)  # of the model, which training can do without: see `safnet.training.ablation`
 CROP_MULTIPLE = 32  # so that the halved crop has whole cells at every level
 CONFIGURATIONS = Path(__file__).parent / "configs"
 CONFIGURATION = "config.yaml"  # of a run, in its folder
@@ -41,7 +47,7 @@ class TrainSettings:
     out: Annotated[Path, Explained("Folder of the run; one that is there already is gone on with.", DATA)]
     scenes: Annotated[Path | None, Explained("Data set, or folder of scenes in its layout.", DATA)] = None
     dataset: Annotated[
-        Literal["kalantari17", "challenge123", "tel23", "ntire21", "folder"],
+        DatasetName,
         Explained("Layout of --scenes and --validation.", DATA),
     ] = "kalantari17"
     panoramas: Annotated[
@@ -118,9 +124,7 @@ class TrainSettings:
     strategy: Annotated[str, Explained("Lightning's name of how processes work together: auto, ddp, ...", MACHINE)] = (
         "auto"
     )
-    precision: Annotated[
-        Literal["float32", "bfloat16", "float16"], Explained("Arithmetic of the convolutions.", MACHINE)
-    ] = "float32"
+    precision: Annotated[Precision, Explained("Arithmetic of the convolutions.", MACHINE)] = "float32"
     threads: Annotated[int, Explained("CPU threads, 0 for all cores.", MACHINE)] = 0
     workers: Annotated[int, Explained("Processes that prepare crops, for each training process.", MACHINE)] = 1
 
@@ -246,6 +250,4 @@ def write_configuration(settings: TrainSettings, path: Path) -> None:
     import yaml
 
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump({name.replace("_", "-"): v for name, v in plain.items()}, sort_keys=False))
-    partial.replace(path)
+    write_text(path, yaml.safe_dump({name.replace("_", "-"): v for name, v in plain.items()}, sort_keys=False))

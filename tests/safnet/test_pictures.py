@@ -80,7 +80,9 @@ def test_inspection(size):
     alignment = Alignment(
         torch.zeros(1, 2, *size), torch.ones(1, 2, *size), torch.zeros(1, 1, *size), torch.ones(1, 1, *size)
     )
-    result = Result(torch.full((1, 3, *size), 0.3), Fusion(torch.full((1, 3, *size), 0.1), alignment), (-2, 0, 2), None)
+    result = Result(
+        torch.full((1, 3, *size), 0.3), Fusion(torch.full((1, 3, *size), 0.1), alignment), (-2, 0, 2), None, (-2, 0, 2)
+    )
     shown = pictures.inspection(frames, ["a", "b", "c"], result, pictures.display_curve(frames[0], "mu-law"))
     assert tuple(shown) == pictures.INSPECTION_FILES
     sheet = shown.pop("sheet.png")

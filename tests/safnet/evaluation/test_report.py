@@ -23,7 +23,8 @@ from safnet.evaluation.report import (
     write_html,
     write_json,
 )
-from safnet.evaluation.run import BaselineMethod, Evaluation, Scene, Score, Settings
+from safnet.evaluation.methods import BaselineMethod
+from safnet.evaluation.run import Evaluation, Scene, Score, Settings
 from safnet.evaluation.thumbnails import data_uri, error_picture
 from safnet.evaluation.timing import Timing
 from safnet.metrics import SCORES

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from safnet.cli import app
 from safnet.data.datasets import find_scenes, load_scene, read_radiance
-from safnet.evaluation import run as module
-from safnet.evaluation.run import BaselineMethod, EvaluationError, ModelMethod, PredictionMethod, Settings, evaluate
+from safnet.evaluation import methods as module
+from safnet.evaluation.methods import BaselineMethod, EvaluationError, ModelMethod, PredictionMethod
+from safnet.evaluation.run import Settings, evaluate
 from safnet.evaluation.timing import count_multiply_adds, time_model
 from safnet.metrics import psnr_l, psnr_mu, through_rgbe
 from safnet.model import SAFNet

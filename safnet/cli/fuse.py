@@ -1,0 +1,109 @@
+"""`safnet fuse`."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from safnet import choices
+from safnet.cli.options import Device, Model, Overwrite, Precision, Threads, Tile
+from safnet.cli.terminal import notes, one_line_errors, peak_memory, progress_bar, use_threads
+
+
+class FuseCommand(TyperCommand):
+    """A command whose --ev takes its three values as one word or as three."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, join_exposures(args))
+
+
+def fuse(
+    frames: Annotated[
+        list[Path], typer.Argument(help="Three frames in any order (JPEG, PNG, TIFF, EXR), or their folder.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Linear HDR result: .exr, .hdr or .tif.")],
+    ev: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EV EV EV",
+            help="Exposures in the order of the frames (of a folder: by name) in stops, more light = higher: -2 0 2; or as "
+            "times: 1/80 1/20 1/5.",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure/--trust", help="Measure exposures and camera curve, or trust EVs and gamma 2.2."),
+    ] = True,
+    depth: Annotated[
+        choices.Depth | None,
+        typer.Option(help="Numbers in the result: .exr half or float, .tif float or uint16.", show_default="the first"),
+    ] = None,
+    preview: Annotated[Path | None, typer.Option(help="Also write a tone-mapped picture: .png or .jpg.")] = None,
+    tonemap: Annotated[choices.ToneMap, typer.Option(help="Tone map of preview and inspection.")] = "reinhard",
+    inspect: Annotated[
+        Path | None,
+        typer.Option(help="Also write flows, masks, explicit fusion and a sheet of all steps to this folder."),
+    ] = None,
+    model: Model = "safnet-s",
+    precision: Precision = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    tile: Tile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fuse three exposures of a moving scene into one linear HDR picture, aligned to the middle exposure.
+
+    Exposures come from --ev, else from exposure.txt beside the frames (one EV a line, by file name), else from EXIF.
+    """
+    started = time.perf_counter()
+    with one_line_errors():
+        import torch
+
+        from safnet.exposures import format_evs, parse_evs
+        from safnet.pipeline import FusionWarning, fuse_files
+
+        use_threads(threads)
+        with progress_bar() as progress, notes(FusionWarning):
+            result = fuse_files(
+                frames,
+                output,
+                evs=None if ev is None else parse_evs(ev),
+                measure=measure,
+                model=model,
+                device=device,
+                precision=getattr(torch, precision),
+                tile=tile,
+                depth=depth,
+                preview=preview,
+                tonemap=tonemap,
+                inspect=inspect,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    height, width = result.radiance.shape[2:]
+    exposures, measured = (f"EV {format_evs(evs)}" for evs in (result.given_evs, result.evs))
+    if measured != exposures:
+        exposures += f" (measured: {measured})"
+    if result.curve is not None:
+        exposures += ", camera curve measured"
+    seconds = time.perf_counter() - started
+    typer.echo(f"{width} x {height}, {exposures}, {seconds:.1f} s, peak memory {peak_memory()}: {output}")
+
+
+def join_exposures(arguments: list[str]) -> list[str]:
+    """Make one argument of --ev and the words after it that are its values: `--ev -2 0 2` has three, `--ev -2,0,2` one."""
+    joined, rest = [], list(arguments)
+    while rest and rest[0] != "--":
+        name, given, value = rest.pop(0).partition("=")
+        if name != "--ev" or not (given or rest):
+            joined.append(name + given + value)
+            continue
+        from safnet.exposures import FRAMES, is_exposure, split_exposures
+
+        text = value if given else rest.pop(0)
+        while rest and len(split_exposures(text)) < FRAMES and is_exposure(rest[0].rstrip(",")):
+            text += f" {rest.pop(0)}"
+        joined.append(f"--ev={text}")
+    return joined + rest

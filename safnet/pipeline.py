@@ -1,0 +1,173 @@
+"""From files to files: what `safnet fuse` does, as a function."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from safnet.choices import Depth, ToneMap
+from safnet.exposures import Bracket, open_bracket
+from safnet.fuse import Progress, Result, fuse_exposures
+from safnet.images import (
+    DEPTHS,
+    PICTURE_EXTENSIONS,
+    FloatPicture,
+    ImageError,
+    check_destination,
+    read_ldr,
+    write_picture,
+    write_radiance,
+)
+from safnet.model import SAFNet
+from safnet.pictures import INSPECTION_FILES, display_curve, inspection, to_picture
+from safnet.weights import load_model
+
+AnyPath = str | os.PathLike[str]
+
+
+class FusionWarning(UserWarning):
+    """Something that the one who asked for a fusion should know of it."""
+
+
+def fuse_files(
+    paths: AnyPath | Sequence[AnyPath],
+    output: AnyPath | None = None,
+    *,
+    evs: Sequence[float] | None = None,
+    measure: bool = True,
+    model: SAFNet | AnyPath = "safnet-s",
+    device: str = "auto",
+    precision: torch.dtype = torch.float32,
+    tile: int | None = None,
+    depth: Depth | None = None,
+    preview: AnyPath | None = None,
+    tonemap: ToneMap = "reinhard",
+    inspect: AnyPath | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Result:
+    """Fuse three photographs into one linear HDR picture, aligned to the one of middle exposure, and write what is asked for.
+
+    Nothing is written unless all can be: frames, exposures and names are checked before. Each file appears whole or not at all.
+
+    Args:
+        paths: three frames in any order (JPEG, PNG, TIFF, EXR), or their folder.
+        output: .exr, .hdr or .tif for the linear result; None to write none.
+        evs: exposures in stops in the order of `paths` (of a folder: by name), more light being higher. None to take them from
+            exposure.txt beside the frames, else from EXIF.
+        measure: find out the true exposures and the camera's curve, instead of trusting `evs` and assuming gamma 2.2.
+        model: one in eval mode, which stays where it is, or what `load_model` takes.
+        device: where a model that is loaded here shall run: one of torch's, or "auto" for a GPU if there is one.
+        precision, tile, progress: see `fuse_exposures`; here there are the stages "reading" and "writing" too.
+        depth: numbers in `output`: "half" or "float" for .exr, "float" or "uint16" for .tif; the first of these by default.
+        preview: .png or .jpg for a tone-mapped picture; None to write none.
+        tonemap: of the preview and of the inspection's pictures.
+        inspect: folder for pictures of flows, masks and all steps, made if missing; None to write none.
+        overwrite: replace files that exist.
+
+    Returns:
+        Linear radiance (1, 3, H, W) float32 in [0, 1], where 1 is the short exposure's clipping point, on the model's device,
+        with exposures, flows, masks and explicit fusion: see `Result`.
+
+    Raises:
+        ExposureError: not three frames of one size, or exposures that are missing or equal.
+        ImageError: a frame that cannot be read, or a name under which nothing can be written, or that is another file's.
+        WeightsError: weights that are missing or do not fit.
+        ValueError: a device that cannot be used. All of these are ValueErrors; messages call arguments by the names of the
+            command's options.
+
+    Warns:
+        FusionWarning: the processor lacks arithmetic of that precision.
+    """
+    frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
+    results = check_destinations(frames, output, depth, preview, inspect, overwrite)
+    bracket = open_bracket(frames, evs, results)
+    network = model if isinstance(model, SAFNet) else load_model(model, device)
+    _warn_of_slow_precision(network, precision)
+    pictures = []
+    for number, frame in enumerate(bracket.frames):
+        progress("reading", number, len(bracket.frames))
+        pictures.append(read_ldr(frame.path))
+    tensors = [torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in pictures]
+    result = fuse_exposures(
+        network, tensors, bracket.evs, measure=measure, tile=tile, precision=precision, progress=progress
+    )
+    if results:
+        progress("writing", 0, 1)
+        _write(result, bracket, pictures, output, depth, preview, tonemap, inspect)
+        progress("writing", 1, 1)
+    return result
+
+
+def check_destinations(
+    frames: Sequence[Path],
+    output: Path | None,
+    depth: Depth | None,
+    preview: Path | None,
+    inspect: Path | None,
+    overwrite: bool,
+) -> list[Path]:
+    """All files that `fuse_files` will write. Raises ImageError where it may not, or where two are one file."""
+    results = {}
+    if output is not None:
+        check_destination("--output", output, DEPTHS, overwrite)
+        formats = DEPTHS[output.suffix.lower()]
+        if depth is not None and depth not in formats:
+            raise ImageError(f"--depth {depth} does not fit {output}: {output.suffix} holds {' or '.join(formats)}")
+        results["--output"] = output
+    if preview is not None:
+        check_destination("--preview", preview, PICTURE_EXTENSIONS, overwrite)
+        results["--preview"] = preview
+    if inspect is not None:
+        if inspect.exists() and not inspect.is_dir():
+            raise ImageError(f"--inspect {inspect} is not a folder")
+        if not inspect.parent.is_dir():
+            raise ImageError(f"--inspect {inspect}: the folder {inspect.parent} does not exist")
+        for name in INSPECTION_FILES:
+            if inspect.is_dir():
+                check_destination("--inspect", inspect / name, PICTURE_EXTENSIONS, overwrite)
+            results[f"--inspect {name}"] = inspect / name
+    taken = {frame.resolve(): "a frame" for frame in frames}
+    for option, path in results.items():
+        if (other := taken.setdefault(path.resolve(), option)) != option:
+            raise ImageError(f"{option} {path} is {other} too; give it another name")
+    return list(results.values())
+
+
+def _write(
+    result: Result,
+    bracket: Bracket,
+    pictures: Sequence[FloatPicture],
+    output: Path | None,
+    depth: Depth | None,
+    preview: Path | None,
+    tonemap: ToneMap,
+    inspect: Path | None,
+) -> None:
+    radiance = to_picture(result.radiance)
+    if output is not None:
+        write_radiance(output, radiance, depth)
+    if preview is None and inspect is None:
+        return
+    curve = display_curve(radiance, tonemap)
+    if preview is not None:
+        write_picture(preview, curve(radiance), bracket.frames[1].profile)
+    if inspect is not None:
+        inspect.mkdir(exist_ok=True)
+        labels = [frame.path.name for frame in bracket.frames]
+        for name, picture in inspection(pictures, labels, result, curve).items():
+            write_picture(inspect / name, picture)
+
+
+def _warn_of_slow_precision(model: SAFNet, precision: torch.dtype) -> None:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and precision != torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        name = str(precision).removeprefix("torch.")
+        warnings.warn(
+            f"this CPU has no {name} arithmetic; emulating it takes far longer than float32",
+            FusionWarning,
+            stacklevel=3,
+        )
