@@ -152,7 +152,7 @@ def machine() -> dict[str, str]:
         "processor": device_name(CPU),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "system": f"{platform.system()} {platform.release()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}".rstrip(),
+        "system": f"{platform.system()}, {' '.join(platform.libc_ver())}".rstrip(", "),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

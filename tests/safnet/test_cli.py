@@ -1,14 +1,21 @@
 """The command `safnet fuse`, from files to files, and its refusals: one line, exit code 2, nothing written."""
 
+import ast
 import re
+import subprocess
+import sys
+from importlib import metadata
 
 import numpy as np
 import OpenImageIO as oiio
 import pytest
 import torch
+import typer.main
 from typer.testing import CliRunner
 
+import safnet
 from safnet.cli import app
+from safnet.cli.fuse import join_exposures
 from safnet.images import write_picture
 from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES
@@ -90,6 +97,46 @@ def test_negative_evs_are_taken_as_written(tmp_path, frames, radiance, weights):
         fuse("--ev", "-2", "0", "2", frames[1], frames[2], frames[0], "-o", output, "--model", weights).exit_code == 0
     )
     assert_radiance(output, radiance)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["-2,0,2"],
+        ["-2,", "0,", "2"],
+        ["\N{MINUS SIGN}2", "0", "+2"],
+        ["-1.5", ".5", "2.5"],
+        ["-1,5", "0,5", "2,5"],
+        ["-1,5; 0,5; 2,5"],
+        ["1/80", "1/20", "1/5"],
+        ["1/80,1/20,1/5"],
+        ["1/2", "2", "8"],
+        ["0.25s", "1s", "4s"],
+    ],
+)
+@pytest.mark.parametrize("form", ["--ev {}", "--ev={}"])
+def test_evs_as_people_write_them(tmp_path, frames, radiance, weights, given, form):
+    output = tmp_path / "result.exr"
+    words = [*form.format(given[0]).split(" ", 1), *given[1:]]
+    outcome = fuse("-o", output, *words, frames[1], frames[2], frames[0], "--trust", "--model", weights)
+    assert outcome.exit_code == 0, outcome.output
+    assert "EV -2 0 +2, " in outcome.stdout
+    assert_radiance(output, radiance)
+
+
+@pytest.mark.parametrize(
+    ("given", "joined"),
+    [
+        (["--ev", "-2", "0", "2", "4"], ["--ev=-2 0 2", "4"]),  # a folder may have the name 4
+        (["--ev", "-2,0,2", "4"], ["--ev=-2,0,2", "4"]),
+        (["--ev", "-2", "0", "a.jpg", "2"], ["--ev=-2 0", "a.jpg", "2"]),
+        (["--ev=-2,0,2", "-o", "x"], ["--ev=-2,0,2", "-o", "x"]),
+        (["a", "--", "--ev", "1", "2"], ["a", "--", "--ev", "1", "2"]),
+        (["--ev"], ["--ev"]),
+    ],
+)
+def test_words_that_belong_to_ev(given, joined):
+    assert join_exposures(given) == joined
 
 
 def test_exposures_and_camera_curve_are_measured_unless_they_are_trusted(tmp_path, weights):
@@ -192,6 +239,16 @@ REFUSALS = {
     ),
     "no exposures": (lambda f, t: [*f, "-o", t / "r.exr"], r"no exposure time in .*a\.png.*--ev -2 0 2"),
     "equal exposures": (lambda f, t: [*f, "--ev", 0, 2, 2, "-o", t / "r.exr"], r"must differ, got a\.png 0, b\.png 2"),
+    "two exposures": (
+        lambda f, t: [*f, "-o", t / "r.exr", "--ev", -2, 0],
+        r"--ev must be 3 exposures in stops, for example --ev -2 0 2, .*, got '-2 0'",
+    ),
+    "four exposures": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "1,2,3,4"], r"for example .*, got '1,2,3,4'"),
+    "words": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "dark", 0, 2], r"for example .*, got 'dark 0 2'"),
+    "frames after ev": (lambda f, t: ["-o", t / "r.exr", "--ev", *f], r"for example .*, got '.*a\.png'"),
+    "infinite": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", 0, 2, "inf"], r"for example .*, got '0 2'"),
+    "odd fraction": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0 1/80 1/20"], r"1/80 is neither .*-1/3 0 1/3"),
+    "no time": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0s 1s 4s"], r"times must be above 0, .*, got '0s 1s 4s'"),
     "exposure times": (lambda f, t: [*f, "--ev", 320, 80, 20, "-o", t / "r.exr"], r"are they exposure times"),
     "missing frame": (lambda f, t: [*f[:2], t / "gone.png", *OK, "-o", t / "r.exr"], r"gone\.png does not exist"),
     "no picture": (lambda f, t: [*f[:2], make(t / "x.png"), *OK, "-o", t / "r.exr"], r"x\.png cannot be read"),
@@ -250,14 +307,140 @@ def test_bad_input_is_refused(tmp_path, frames, weights, case):
     assert snapshot(tmp_path) == before
 
 
+# ---- all commands ----------------------------------------------------------------------------------------------------
+
+COMMANDS = typer.main.get_command(app).commands
+NOT_A_VALUE = "no-such-value"
+
+
+def options(command):
+    return [parameter for parameter in COMMANDS[command].params if parameter.param_type_name == "option"]
+
+
+def takes_anything(option):
+    """Paths and names are judged by the functions that get them, which have tests of their own."""
+    return option.is_flag or option.type.name in ("text", "str", "path", "file", "filename", "directory")
+
+
 @pytest.mark.parametrize(
-    "option", [("--precision", "int8"), ("--tonemap", "magic"), ("--threads", "0"), ("--tile", "-1")]
+    ("command", "option"),
+    [(name, option.opts[0]) for name in COMMANDS for option in options(name) if not takes_anything(option)],
 )
-def test_bad_choices_are_refused(tmp_path, frames, option):
-    outcome = fuse(*frames, *OK, "-o", tmp_path / "r.exr", *option)
+def test_bad_values_are_refused_in_one_line(command, option):
+    words = next(o.nargs for o in options(command) if option in o.opts)
+    outcome = CliRunner().invoke(app, [command, option, *[NOT_A_VALUE] * words])
     assert outcome.exit_code == 2
-    assert option[0] in outcome.stderr
-    assert not (tmp_path / "r.exr").exists()
+    assert re.fullmatch(rf"error: .*{option}\b.*{NOT_A_VALUE}.*\n", outcome.stderr), outcome.stderr
+    assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fuse", "a.jpg", "-o", "r.exr", "--threads", "0"], r"--threads.*\b0\b"),
+        (["fuse", "a.jpg", "-o", "r.exr", "--tile", "-1"], r"--tile.*-1"),
+        (["fuse", "-o", "r.exr", "--tone-map", "magic"], r"--tone-map"),
+        (["fuse", "-o", "r.exr"], r"FRAMES"),
+        (["fuse", "a.jpg"], r"--output"),
+        (["fuse", "a.jpg", "--ev"], r"--ev"),
+        (["fuse", "a.jpg", "--ev=-2,0,2", "-o"], r"-o"),
+        (["evaluate", "--root", "x"], r"--dataset.*kalantari17"),
+        (["evaluate", "--peak-luminance", "0"], r"--peak-luminance.*\b0"),
+        (["synthesize", "a", "b", "--size", "3"], r"--size"),
+        (["synthesize", "a", "b", "c"], r"\bc\b"),
+        (["train"], r"--out"),
+        (["fuze"], r"fuze"),
+        (["--versions"], r"--versions"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, message):
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 2
+    assert re.fullmatch(rf"error: .*{message}.*\n", outcome.stderr), outcome.stderr
+    assert outcome.stdout == ""
+
+
+def run_python(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_no_heavy_library(arguments):
+    program = f"""
+import sys
+from safnet.cli import app
+app({arguments}, standalone_mode=False)
+print(sorted(name for name in ("torch", "numpy", "OpenImageIO", "safnet_ops", "yaml") if name in sys.modules))
+"""
+    output = run_python(program)
+    assert len(output.splitlines()) > 1
+    assert ast.literal_eval(output.splitlines()[-1]) == []
+
+
+def test_the_package_imports_what_is_used():
+    program = """
+import sys, safnet
+assert "torch" not in sys.modules
+assert safnet.load_model.__name__ == "load_model"
+assert "torch" in sys.modules
+"""
+    run_python(program)
+    for name in safnet.__all__:
+        assert getattr(safnet, name) is not None
+    assert set(safnet.__all__) <= set(dir(safnet))
+    with pytest.raises(AttributeError, match="'safnet' has no attribute 'fuze'"):
+        safnet.fuze  # noqa: B018
+
+
+def test_version():
+    outcome = CliRunner().invoke(app, ["--version"])
+    assert outcome.exit_code == 0
+    assert outcome.stdout == f"safnet {metadata.version('safnet-ops')}\n"
+
+
+def test_version_where_nothing_is_installed(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.delitem(vars(safnet), "__version__", raising=False)
+    assert safnet.__version__ == "0+unknown"
+    monkeypatch.delitem(vars(safnet), "__version__")
+
+
+def test_info(monkeypatch):
+    outcome = CliRunner().invoke(app, ["info"])
+    assert outcome.exit_code == 0
+    assert f"torch {torch.__version__}" in outcome.stdout
+    assert "fused_fuse" in outcome.stdout
+    assert "its other 3x3 convolutions on CPU only" in outcome.stdout
+    monkeypatch.setattr(safnet.model, "BEATS_LIBRARY", ("cpu", "cuda"))
+    assert "its other 3x3 convolutions on CPU, CUDA only" in CliRunner().invoke(app, ["info"]).stdout
+
+
+def test_without_a_command_there_is_help():
+    outcome = CliRunner().invoke(app, [])
+    assert outcome.exit_code == 2
+    assert "fit-refine" in outcome.stdout
+
+
+def test_want_of_memory_is_one_line(tmp_path, frames, weights, monkeypatch):
+    def greedy(*arguments, **options):
+        return torch.empty(2**50)
+
+    monkeypatch.setattr("safnet.pipeline.fuse_exposures", greedy)
+    outcome = fuse(*frames, *OK, "-o", tmp_path / "r.exr", "--model", weights)
+    assert outcome.exit_code == 1
+    assert re.fullmatch(r"error: out of memory; .*--tile.*\n", outcome.stderr)
+
+
+def test_slow_arithmetic_is_noted(tmp_path, frames, weights, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    outcome = fuse(*frames, *OK, "-o", tmp_path / "r.exr", "--model", weights, "--precision", "bfloat16")
+    assert outcome.exit_code == 0
+    assert re.fullmatch(r"note: this CPU has no bfloat16 arithmetic; .*\n", outcome.stderr)
 
 
 def test_help_names_every_option():

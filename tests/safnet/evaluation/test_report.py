@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from safnet.evaluation.methods import BaselineMethod
 from safnet.evaluation.report import (
     PUBLISHED,
     Run,
@@ -23,7 +24,6 @@ from safnet.evaluation.report import (
     write_html,
     write_json,
 )
-from safnet.evaluation.methods import BaselineMethod
 from safnet.evaluation.run import Evaluation, Scene, Score, Settings
 from safnet.evaluation.thumbnails import data_uri, error_picture
 from safnet.evaluation.timing import Timing
