@@ -18,10 +18,11 @@ import safnet_ops
 from bench.baselines import stock_operators
 from bench.case import WrongResult
 from bench.measure import CPU, Times, in_turns
+from safnet.choices import Variant
 from safnet.evaluation.timing import peak_memory_of
 from safnet.exposures import open_bracket
 from safnet.images import read_ldr
-from safnet.model import SAFNet, Variant
+from safnet.model import SAFNet
 from safnet.radiance import exposure_input, exposure_ratios, tone_map
 
 HEIGHT, WIDTH = 500, 752

@@ -1,8 +1,9 @@
 """What commands share on the terminal: one line for an error, notes, a progress bar, memory."""
 
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,11 +29,23 @@ class OneLineErrors(TyperGroup):
             # The parser's errors have no public class in all releases of typer.
             if not hasattr(error, "format_message"):
                 raise
-            print_error(error.format_message().rstrip("."))
+            print_error(_describe(error, sys.argv[1:] if args is None else args))
             code = BAD_INPUT
         if standalone_mode:
             sys.exit(code)
         return code
+
+
+def _describe(error: Any, arguments: Sequence[str]) -> str:
+    """The parser's message, and what was given for the option that it is about, where the message leaves that out."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    parameter = getattr(error, "param", None)
+    for number, argument in enumerate(arguments):
+        name, given, value = argument.partition("=")
+        if parameter is not None and name in parameter.opts:
+            value = value if given else " ".join(arguments[number + 1 : number + 1 + parameter.nargs])
+            return message if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", message) else f"{message}, got {value!r}"
+    return message
 
 
 @contextmanager

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import OpenImageIO as oiio
@@ -114,10 +116,10 @@ def test_negative_evs_are_taken_as_written(tmp_path, frames, radiance, weights):
         ["0.25s", "1s", "4s"],
     ],
 )
-@pytest.mark.parametrize("form", ["--ev {}", "--ev={}"])
+@pytest.mark.parametrize("form", [("--ev", "{}"), ("--ev={}",)])
 def test_evs_as_people_write_them(tmp_path, frames, radiance, weights, given, form):
     output = tmp_path / "result.exr"
-    words = [*form.format(given[0]).split(" ", 1), *given[1:]]
+    words = [*(part.format(given[0]) for part in form), *given[1:]]
     outcome = fuse("-o", output, *words, frames[1], frames[2], frames[0], "--trust", "--model", weights)
     assert outcome.exit_code == 0, outcome.output
     assert "EV -2 0 +2, " in outcome.stdout
@@ -317,14 +319,18 @@ def options(command):
     return [parameter for parameter in COMMANDS[command].params if parameter.param_type_name == "option"]
 
 
-def takes_anything(option):
+def takes_anything(command, option):
     """Paths and names are judged by the functions that get them, which have tests of their own."""
-    return option.is_flag or option.type.name in ("text", "str", "path", "file", "filename", "directory")
+    function = next(
+        info.callback for info in app.registered_commands if command == (info.name or info.callback.__name__)
+    )
+    kind = get_type_hints(function)[option.name]
+    return {kind, *get_args(kind)} & {bool, str, Path, list[str], list[Path]}
 
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [(name, option.opts[0]) for name in COMMANDS for option in options(name) if not takes_anything(option)],
+    [(name, option.opts[0]) for name in COMMANDS for option in options(name) if not takes_anything(name, option)],
 )
 def test_bad_values_are_refused_in_one_line(command, option):
     words = next(o.nargs for o in options(command) if option in o.opts)
@@ -340,7 +346,7 @@ def test_bad_values_are_refused_in_one_line(command, option):
         (["fuse", "a.jpg", "-o", "r.exr", "--threads", "0"], r"--threads.*\b0\b"),
         (["fuse", "a.jpg", "-o", "r.exr", "--tile", "-1"], r"--tile.*-1"),
         (["fuse", "-o", "r.exr", "--tone-map", "magic"], r"--tone-map"),
-        (["fuse", "-o", "r.exr"], r"FRAMES"),
+        (["fuse", "-o", "r.exr"], r"FRAMES|frames"),
         (["fuse", "a.jpg"], r"--output"),
         (["fuse", "a.jpg", "--ev"], r"--ev"),
         (["fuse", "a.jpg", "--ev=-2,0,2", "-o"], r"-o"),
@@ -356,7 +362,7 @@ def test_bad_values_are_refused_in_one_line(command, option):
 def test_bad_arguments_are_refused_in_one_line(arguments, message):
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 2
-    assert re.fullmatch(rf"error: .*{message}.*\n", outcome.stderr), outcome.stderr
+    assert re.fullmatch(rf"error: .*({message}).*\n", outcome.stderr), outcome.stderr
     assert outcome.stdout == ""
 
 
