@@ -1,6 +1,7 @@
 """`python -m bench.report` measures all operators and both models on this machine and writes docs/benchmarks.md."""
 
 import datetime
+import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,11 @@ import typer
 from rich.console import Console
 
 import bench.models
-from bench import (
-    test_backward_warp,
-    test_census_loss,
-    test_fused_fuse,
-    test_group_conv_shuffle,
-    test_upsample_fuse,
-)
 from bench.case import STOCK, Case, Direction, Work, WrongResult
 from bench.measure import OtherLoad, Peaks, Times, extra_memory, in_turns, machine, measure_peaks, set_threads
 from bench.models import HEIGHT, OURS, REFERENCE, WIDTH, Score
 from bench.picture import Bar, draw_ratios
+from safnet_ops.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = "images/benchmarks.png"
@@ -58,7 +53,7 @@ NO_BFLOAT16 = """\
 This processor has no bfloat16 arithmetic. The libraries emulate it, which takes many times longer, so only the C++ operators
 are measured in it.
 """
-MODULES = (test_fused_fuse, test_upsample_fuse, test_backward_warp, test_census_loss, test_group_conv_shuffle)
+MODULES = [importlib.import_module(f"bench.test_{name}") for name in OPERATORS]
 
 console = Console(stderr=True, log_path=False)
 

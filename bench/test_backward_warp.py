@@ -5,12 +5,13 @@ import torch
 from bench.baselines import grid_sample_warp
 from bench.case import Case, over
 from bench.inputs import smooth_flow
+from operator_inputs import warp_inputs
 
 
 def warp_case(channels, height, width, layout=torch.contiguous_format, targets=None):
     def inputs():
-        image = torch.randn(1, channels, height, width).contiguous(memory_format=layout)
-        return [image, smooth_flow(height, width)]
+        image, flow = warp_inputs((height, width), channels=channels, flow=smooth_flow(height, width))
+        return [image.contiguous(memory_format=layout), flow]
 
     setting = f"{channels}x{height}x{width}" + (" channels_last" if layout == torch.channels_last else "")
     return Case("backward_warp", setting, inputs, (0, 1), grid_sample_warp, targets=targets or {})

@@ -4,11 +4,12 @@ import torch
 
 from bench.baselines import conv_census
 from bench.case import DIRECTIONS, Case, over
+from operator_inputs import census_inputs
 
 
 def census_case(side, dtype=torch.float32, targets=None):
     def inputs():
-        return [torch.rand(1, 3, side, side, dtype=dtype) for _ in range(2)]
+        return census_inputs((side, side), dtype=dtype)
 
     setting = f"3x{side}x{side}" + ("" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}")
     half = dtype != torch.float32

@@ -6,6 +6,7 @@ Its reference is the library's convolution with activation and shuffle as operat
 import torch
 
 from bench.case import DIRECTIONS, Case, over
+from operator_inputs import conv_inputs
 
 
 def conv_case(
@@ -24,15 +25,10 @@ def conv_case(
     height, width = size
 
     def inputs():
-        # Multiples of powers of two, whose sums are exact and, with the bias, never zero: a sum that rounding carried across
-        # the PReLU's kink would change all the weights' gradients of its channel.
-        def steps(*size):
-            return torch.randint(-8, 9, size)
-
-        input = (steps(1, channels_in, height, width) / 8).to(dtype).contiguous(memory_format=layout)
-        weight = steps(channels_out, channels_in // groups, 3, 3) / 128
-        bias = (2 * steps(channels_out) + 1) / 2048
-        return [input, *(value.to(dtype) for value in (weight, bias, torch.rand(channels_out)))]
+        image, *others, _ = conv_inputs(
+            size, (channels_in, channels_out), groups, stride=stride, dtype=dtype, exact=True
+        )
+        return [image.contiguous(memory_format=layout), *others]
 
     parts = [
         f"{channels_in}->{channels_out} {height}x{width}",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import ptxsim
+from operator_inputs import census_inputs, conv_inputs, fusion_inputs, warp_inputs
 from ptxsim import Stats
 from simulated_gpu import device as simulated
 
@@ -171,11 +172,14 @@ def smooth_flow(height: int, width: int, whole: int) -> torch.Tensor:
 
 
 def fuse_inputs(height: int, width: int, whole: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Three pictures, flows, masks and the LDR picture."""
-    images = [torch.rand(1, 3, height, width).to(dtype) for _ in range(4)]
+    """What fused_fuse takes, the second flow against the first."""
     flow = smooth_flow(height, width, whole)
-    masks = [torch.rand(1, 1, height, width) for _ in range(2)]
-    return [*images[:3], flow, (-flow).contiguous(), *masks, images[3]]
+    return fusion_inputs((height, width), dtype=dtype, geometry=torch.float32, flows=(flow, (-flow).contiguous()))
+
+
+def warp_of_features(height: int, width: int, whole: int, layout: torch.memory_format) -> list[torch.Tensor]:
+    image, flow = warp_inputs((height, width), channels=40, flow=smooth_flow(height, width, whole))
+    return [image.contiguous(memory_format=layout), flow]
 
 
 def fuse(dtype: torch.dtype) -> Case:
@@ -214,8 +218,7 @@ def upsample(dtype: torch.dtype) -> Case:
 
 def warp(layout: torch.memory_format) -> Case:
     def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        flow = smooth_flow(height, width, whole)
-        image = torch.rand(1, 40, height, width).contiguous(memory_format=layout)
+        image, flow = warp_of_features(height, width, whole, layout)
         return lambda d: d.call("backward_warp", image, flow), size_of(image, flow, image)
 
     return Case(f"backward_warp, 40 channels, {_layout(layout)}", prepare, _STRIPS_OF_CHANNELS)
@@ -223,8 +226,7 @@ def warp(layout: torch.memory_format) -> Case:
 
 def warp_backward(layout: torch.memory_format, deterministic: bool) -> Case:
     def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        flow = smooth_flow(height, width, whole)
-        image = torch.rand(1, 40, height, width).contiguous(memory_format=layout)
+        image, flow = warp_of_features(height, width, whole, layout)
         grad = torch.rand_like(image)
         return (
             lambda d: d.call("backward_warp_backward", grad, image, flow, 0b11, deterministic),
@@ -237,7 +239,7 @@ def warp_backward(layout: torch.memory_format, deterministic: bool) -> Case:
 
 def census(backward: bool) -> Case:
     def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        prediction, target, grad = torch.rand(1, 3, height, width), torch.rand(1, 3, height, width), torch.tensor(1.0)
+        (prediction, target), grad = census_inputs((height, width)), torch.tensor(1.0)
         if backward:
             return (
                 lambda d: d.call("census_loss_backward", grad, prediction, target, 7, False),
@@ -253,11 +255,10 @@ def conv(kind: str, dtype: torch.dtype, layout: torch.memory_format, part: str =
     channels, groups = (120, 3) if kind == "decoder" else (80, 1)
 
     def prepare(height: int, width: int, whole: int) -> tuple[Call, int]:
-        image = torch.randn(1, channels, height, width).to(dtype).contiguous(memory_format=layout)
-        weight = torch.randn(channels, channels // groups, 3, 3).to(dtype)
-        vector = torch.rand(channels).to(dtype)
+        image, weight, bias, slopes, _ = conv_inputs((height, width), (channels, channels), groups, dtype=dtype)
+        image = image.contiguous(memory_format=layout)
         if not part:
-            arguments = (image, weight, vector, vector, None, groups, 1, 1, False)
+            arguments = (image, weight, bias, slopes, None, groups, 1, 1, False)
             return lambda d: _with_tf32(tf32, d, "group_conv_shuffle", *arguments), size_of(image, image, weight)
         # Without PReLU and shuffle, whose backward is a kernel of its own: the convolution alone.
         needs, result = (1, image) if part == "input" else (2, weight)

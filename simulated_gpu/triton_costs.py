@@ -26,7 +26,16 @@ from triton.backends.compiler import GPUTarget
 
 import ptxsim
 import safnet_ops
+from operator_inputs import (
+    census_inputs,
+    conv_inputs,
+    fusion_inputs,
+    positional_inputs,
+    upsample_inputs,
+    warp_inputs,
+)
 from ptxsim import triton_bridge
+from safnet_ops.operators import OPERATORS
 from safnet_ops.triton import common
 from simulated_gpu import cuda_costs
 
@@ -193,42 +202,44 @@ class Call:
             torch.use_deterministic_algorithms(was_deterministic)
 
     def _run(self, size: tuple[int, int]) -> None:
-        height, width = size
-        if self.operator == "backward_warp":
-            out = safnet_ops.backward_warp(self._picture(40, *size), self._geometry(2, *size), backend="triton")
-        elif self.operator == "census_loss":
-            out = safnet_ops.census_loss(self._picture(3, *size), self._picture(3, *size), backend="triton")
-        elif self.operator == "group_conv_shuffle":
-            channels, groups = map(int, re.findall(r"\d+", self.variant))
-            weight = torch.rand(channels, channels // groups, 3, 3, dtype=self.dtype, requires_grad=True)
-            bias, slopes = (torch.rand(channels, dtype=self.dtype, requires_grad=True) for _ in range(2))
-            image = self._picture(channels, *size)
-            out = safnet_ops.group_conv_shuffle(image, weight, bias, slopes, groups, backend="triton")
-        else:
-            images = [self._picture(3, *size) for _ in range(4)]
-            if self.operator == "upsample_fuse":
-                low = ((height + 1) // 2, (width + 1) // 2)
-                with torch.no_grad():
-                    geometry = [self._geometry(channels, *low) for channels in (2, 2, 1, 1)]
-                    safnet_ops.upsample_fuse(*images[:3], *geometry, images[3], backend="triton")
-                return
-            geometry = [self._geometry(channels, *size) for channels in (2, 2, 1, 1)]
-            if self.variant == "explicit weights, logits":
-                weights = tuple(self._picture(3, *size) for _ in range(3))
-                options: dict[str, Any] = {"weights": weights, "mask_logits": True}
-                out = safnet_ops.fused_fuse(*images[:3], *geometry, **options, backend="triton")
-            else:
-                out = safnet_ops.fused_fuse(*images[:3], *geometry, images[3], backend="triton")
+        inputs = [self._arranged(value) for value in self._inputs(size)]
+        options: dict[str, Any] = {"backend": "triton"}
+        if self.operator == "upsample_fuse":
+            with torch.no_grad():
+                safnet_ops.upsample_fuse(*inputs, **options)
+            return
+        if self.operator == "group_conv_shuffle":
+            options["groups"] = self._channels_and_groups[1]
+        elif len(inputs) == 10:
+            inputs, options = inputs[:7], options | {"weights": tuple(inputs[7:]), "mask_logits": True}
+        out = getattr(safnet_ops, self.operator)(*inputs, **options)
         out.backward(torch.ones_like(out))
 
-    def _picture(self, channels: int, height: int, width: int) -> Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return torch.rand(1, channels, height, width).to(self.dtype, memory_format=layout).requires_grad_()
+    @property
+    def _channels_and_groups(self) -> tuple[int, int]:
+        channels, groups = map(int, re.findall(r"\d+", self.variant))
+        return channels, groups
 
-    def _geometry(self, channels: int, height: int, width: int) -> Tensor:
-        """A flow or a mask: float32, or float64 as the pictures."""
-        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.rand(1, channels, height, width, dtype=kind, requires_grad=True)
+    def _inputs(self, size: tuple[int, int]) -> list[Tensor]:
+        """As the model has them: flows and masks are float32, or float64 as the pictures."""
+        geometry = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.operator == "backward_warp":
+            return warp_inputs(size, channels=40, dtype=self.dtype, flow_dtype=geometry)
+        if self.operator == "census_loss":
+            return census_inputs(size, dtype=self.dtype)
+        if self.operator == "group_conv_shuffle":
+            channels, groups = self._channels_and_groups
+            return conv_inputs(size, (channels, channels), groups, dtype=self.dtype)[:4]
+        if self.operator == "upsample_fuse":
+            return upsample_inputs(size, dtype=self.dtype, geometry=geometry)
+        weights = (3, 3, 3) if self.variant == "explicit weights, logits" else ()
+        return fusion_inputs(size, dtype=self.dtype, geometry=geometry, weights=weights)
+
+    def _arranged(self, value: Tensor) -> Tensor:
+        """Pictures in the layout; flows, masks and filters stay contiguous."""
+        is_picture = value.dim() == 4 and value.shape[1] > 2 and value.shape[0] == 1
+        layout = torch.channels_last if self.channels_last and is_picture else torch.contiguous_format
+        return value.contiguous(memory_format=layout).requires_grad_()
 
 
 @contextlib.contextmanager
@@ -247,7 +258,8 @@ def _calls() -> list[Call]:
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     found = [
         Call(operator, dtype, last)
-        for operator in ("backward_warp", "fused_fuse", "upsample_fuse", "census_loss")
+        for operator in OPERATORS
+        if operator != "group_conv_shuffle"  # whose usual call names its channels
         for dtype in dtypes
         for last in (False, True)
     ]
@@ -373,18 +385,8 @@ def print_overhead() -> None:
     """
     print("| call | launches | Triton, us | compiled C++ module, us | Triton's extra, us a launch |")
     print("|---|---|---|---|---|")
-    image, flow = torch.rand(1, 3, 1, 1), torch.rand(1, 2, 1, 1)
-    mask = torch.rand(1, 1, 1, 1)
-    fusion = (image, image, image, flow, flow, mask, mask, image)
-    arguments: dict[str, tuple[Tensor, ...]] = {
-        "backward_warp": (image, flow),
-        "fused_fuse": fusion,
-        "upsample_fuse": fusion,
-        "census_loss": (image, image),
-        "group_conv_shuffle": (image, torch.rand(3, 3, 3, 3)),
-    }
-    for name, tensors in arguments.items():
-        call = functools.partial(getattr(safnet_ops, name), *tensors)
+    for name in OPERATORS:
+        call = functools.partial(getattr(safnet_ops, name), *positional_inputs(name, (1, 1)))
         compiled = _median_us(functools.partial(call, backend="cpp"))
         with recording(all_configurations=False) as kernels:
             found = _median_us(functools.partial(call, backend="triton"))

@@ -15,7 +15,7 @@ IMAGE, FLOW = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 4, 5)
 
 
 def test_cpu_tensors_get_the_cpp_kernels():
-    for name in ("backward_warp", "fused_fuse", "upsample_fuse"):
+    for name in OPERATORS:
         assert backends.choose(name, torch.device("cpu"), None) == "cpp"
 
 

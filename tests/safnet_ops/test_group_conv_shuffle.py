@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 
 import safnet_ops
+from operator_inputs import conv_inputs
 from safnet_ops import reference
-from tests.support.operators import DTYPES, LAYOUTS, SIZES, TOLERANCE, assert_close, channels_last, check_operator
+from tests.support.operators import DTYPES, LAYOUTS, SIZES, assert_close, channels_last, check_operator
 
 cpp = torch.ops.safnet_ops
 NAMES = ("input", "weight", "bias", "prelu_weight", "residual")
@@ -36,22 +37,9 @@ GEOMETRIES = [
 WINOGRAD = [(1, 8, 8, 1, 1), (3, 27, 39, 1, 1), (2, 20, 22, 1, 2), (1, 9, 11, 1, 4)]
 
 
-def whole_numbers(*size):
-    return torch.randint(-2, 3, size).double()
-
-
 def make(size=(5, 7), n=2, geometry=(3, 12, 24, 1, 1), dtype=torch.float32):
-    """Arguments whose sums are exact in every dtype and never zero, where PReLU has its kink."""
     groups, channels_in, channels_out, stride, _ = geometry
-    out = [-(-side // stride) for side in size]
-    values = (
-        whole_numbers(n, channels_in, *size),
-        whole_numbers(channels_out, channels_in // groups, 3, 3),
-        whole_numbers(channels_out) + 0.5,
-        torch.rand(channels_out),
-        whole_numbers(n, channels_out, *out),
-    )
-    return [value.to(dtype) for value in values]
+    return conv_inputs(size, (channels_in, channels_out), groups, n=n, stride=stride, dtype=dtype, exact=True)
 
 
 def bound(function, geometry):
@@ -64,9 +52,9 @@ def bound(function, geometry):
     return call
 
 
-def check(tensors, geometry, needed=(True,) * 5, tolerance=1e-5):
+def check(tensors, geometry, needed=(True,) * 5):
     operator, expected = (bound(f, geometry) for f in (safnet_ops.group_conv_shuffle, reference.group_conv_shuffle))
-    return check_operator(operator, expected, tensors, needed, tolerance)
+    return check_operator(operator, expected, tensors, needed)
 
 
 def test_reference_equals_layers():
@@ -78,9 +66,7 @@ def test_reference_equals_layers():
     input = torch.randn(2, 6, 5, 7)
     expected = shuffle(prelu(conv(input)))
     assert torch.equal(reference.group_conv_shuffle(input, conv.weight, conv.bias, prelu.weight, 3), expected)
-    assert_close(
-        "kernel", safnet_ops.group_conv_shuffle(input, conv.weight, conv.bias, prelu.weight, 3), expected.double(), 1e-6
-    )
+    assert_close("kernel", safnet_ops.group_conv_shuffle(input, conv.weight, conv.bias, prelu.weight, 3), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,7 +76,7 @@ def test_matches_reference_in_any_layout(dtype, layout, size, poisoned):
     for geometry in ((3, 12, 24, 1, 1), (1, 9, 10, 2, 1)):
         input, weight, bias, prelu_weight, residual = make(size, geometry=geometry, dtype=dtype)
         tensors = layout(input), layout(weight), bias, prelu_weight, layout(residual)
-        out = check(tensors, geometry, tolerance=TOLERANCE[dtype])
+        out = check(tensors, geometry)
         assert out.dtype == dtype
 
 
@@ -100,7 +86,7 @@ def test_matches_reference_in_any_layout(dtype, layout, size, poisoned):
 def test_matches_reference_in_any_geometry(dtype, layout, geometry, poisoned):
     for size in ((8, 13), (21, 110)):
         input, weight, bias, prelu_weight, residual = make(size, 1, geometry, dtype)
-        check((layout(input), weight, bias, prelu_weight, residual), geometry, tolerance=TOLERANCE[dtype])
+        check((layout(input), weight, bias, prelu_weight, residual), geometry)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,7 +97,7 @@ def test_winograd_matches_reference(dtype, layout, geometry, poisoned):
     for size in ((17, 110), (70, 1), (5, 49)):
         input, weight, bias, prelu_weight, residual = make(size, 1, geometry, dtype)
         tensors = layout(input), layout(weight), bias, prelu_weight, layout(residual)
-        check(tensors, geometry, tolerance=TOLERANCE[dtype])
+        check(tensors, geometry)
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 4])
@@ -128,7 +114,7 @@ def test_winograd_is_as_exact_as_the_definition(dilation):
 def test_many_channels(layout):
     input, weight = layout(torch.randn(1, 126, 20, 30)), torch.randn(40, 126, 3, 3)
     out = safnet_ops.group_conv_shuffle(input, weight)
-    assert_close("the result", out, reference.group_conv_shuffle(input.double(), weight.double()), 1e-5)
+    assert_close("the result", out, reference.group_conv_shuffle(input.double(), weight.double()))
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=5)), ids=str)
@@ -151,7 +137,7 @@ def test_optional_arguments(given, groups, poisoned):
         return function(input, weight, bias, prelu_weight, groups, residual=residual)
 
     operators = (partial(call, f) for f in (safnet_ops.group_conv_shuffle, reference.group_conv_shuffle))
-    check_operator(*operators, tensors, [True] * len(tensors), 1e-5)
+    check_operator(*operators, tensors, [True] * len(tensors))
 
 
 def test_one_slope_for_all_channels():
@@ -177,7 +163,7 @@ def test_channels_last_stays_channels_last():
     expected = [value.detach().double().requires_grad_() for value in tensors]
     bound(reference.group_conv_shuffle, (3, 12, 24, 1, 1))(*expected).sum().backward()
     for name, value, exact in zip(NAMES, tensors, expected, strict=True):
-        assert_close(name, value.grad, exact.grad, 1e-5)
+        assert_close(name, value.grad, exact.grad)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
@@ -289,7 +275,7 @@ def test_compile_and_export():
     loss(*leaves).backward()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled).backward()
     for name, leaf, other in zip(NAMES, leaves, compiled, strict=True):
-        assert_close(f"the compiled gradient of {name}", other.grad, leaf.grad.double(), 1e-6)
+        assert_close(f"the compiled gradient of {name}", other.grad, leaf.grad)
 
     class Layer(torch.nn.Module):
         def forward(self, *tensors):
@@ -306,7 +292,7 @@ def test_autocast():
         out = safnet_ops.group_conv_shuffle(input, weight, bias, prelu_weight, 3, residual=residual)
     assert out.dtype == torch.bfloat16
     expected = reference.group_conv_shuffle(input, weight, bias, prelu_weight, 3, residual=residual)
-    assert_close("the result", out, expected.double(), TOLERANCE[torch.bfloat16])
+    assert_close("the result", out, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,25 +7,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 import safnet_ops
+from operator_inputs import upsample_inputs
 from safnet_ops import reference
-from tests.support.operators import KINDS, LAYOUTS, TOLERANCE, assert_close
+from tests.support.operators import KINDS, LAYOUTS, assert_close
 
 cpp = torch.ops.safnet_ops
 RESULTS = ("fused", "flow_short", "flow_long", "mask_short", "mask_long")
 
 
 def make(size=(21, 70), low=(16, 48), n=2, kind=(torch.float32, torch.float32)):
-    short, middle, long, ldr = (torch.rand(n, 3, *size).to(kind[0]) for _ in range(4))
-    geometry = [torch.randn(n, channels, *low).to(kind[1]) for channels in (2, 2, 1, 1)]
-    return [short, middle, long, *geometry, ldr]
+    return upsample_inputs(size, low, n=n, dtype=kind[0], geometry=kind[1])
 
 
-def check(inputs, tolerance):
+def check(inputs):
     results = safnet_ops.upsample_fuse(*inputs)
     expected = reference.upsample_fuse(*(x.double() for x in inputs))
     for name, result, exact in zip(RESULTS, results, expected, strict=True):
-        narrow = name == "fused" or result.dtype == torch.float64
-        assert_close(name, result, exact, tolerance if narrow else 3e-5)
+        assert_close(name, result, exact)
     return results
 
 
@@ -43,9 +41,7 @@ def test_reference_is_interpolate_sigmoid_and_fuse():
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matches_reference(kind, layout, poisoned):
-    results = check(
-        [layout(x) for x in make(kind=kind)], max(TOLERANCE[kind[0]], 0 if kind[0] == torch.float64 else 5e-5)
-    )
+    results = check([layout(x) for x in make(kind=kind)])
     assert results[0].dtype == kind[0]
     assert all(result.dtype == (torch.float64 if kind[0] == torch.float64 else torch.float32) for result in results[1:])
 
@@ -57,7 +53,7 @@ def test_matches_reference(kind, layout, poisoned):
     low=st.tuples(st.integers(1, 20), st.integers(1, 70)),
 )
 def test_any_size(n, size, low):
-    check(make(size, low, n, (torch.float64, torch.float64)), 1e-12)
+    check(make(size, low, n, (torch.float64, torch.float64)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 import ptxsim
 from simulated_gpu import device as simulated
@@ -18,7 +17,9 @@ _tests_of_kernel: Counter[str] = Counter()
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[simulated.Device | simulated.RealDevice]:
+def cuda(
+    monkeypatch: pytest.MonkeyPatch, float32_products: Callable[[str], None]
+) -> Iterator[simulated.Device | simulated.RealDevice]:
     """The public functions run the CUDA kernels: simulated, in checking mode, or on a GPU."""
     backend = os.environ.get("SAFNET_OPS_TEST_GPU")
     if backend is None and ptxsim.find_nvcc() is None:
@@ -41,22 +42,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("tests that executed a kernel on the simulator")
         for name, count in sorted(_tests_of_kernel.items()):
             terminalreporter.write_line(f"{count:5} {name}")
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(2407)
-
-
-@pytest.fixture(autouse=True)
-def float32_products() -> Iterator[Callable[[str], None]]:
-    """Call it with "ieee" or "tf32" to say how float32 convolutions may multiply; "ieee" until then."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-
-    def choose(precision: str) -> None:
-        convolutions.fp32_precision = precision
-
-    choose("ieee")
-    yield choose
-    choose(before)

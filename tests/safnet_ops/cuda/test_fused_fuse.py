@@ -7,26 +7,15 @@ import torch
 
 import ptxsim
 import safnet_ops
+from operator_inputs import fusion_inputs
 from safnet_ops import reference
-from tests.support.comparison import (
-    DTYPES,
-    LAYOUTS,
-    arrange,
-    assert_close,
-    away_from_cell_borders,
-    check_gradients,
-    gradients,
-)
+from tests.support.operators import DTYPES, LAYOUTS, assert_close, channels_last, check_operator, contiguous, gradients
 
 
 def inputs(shape=(2, 3, 5, 12), dtype=torch.float32, geometry=None, explicit=False):
-    n, _, height, width = shape
-    geometry = geometry or dtype
-    images = [torch.rand(shape).to(dtype) for _ in range(3)]
-    flows = [away_from_cell_borders(3 * torch.randn(n, 2, height, width)).to(geometry) for _ in range(2)]
-    masks = [torch.rand(n, 1, height, width).to(geometry) for _ in range(2)]
-    base = [0.1 + torch.rand(shape) for _ in range(3)] if explicit else [torch.rand(shape)]
-    return [*images, *flows, *masks, *(value.to(dtype) for value in base)]
+    n, channels, *size = shape
+    weights = (channels,) * 3 if explicit else ()
+    return fusion_inputs(size, n=n, channels=channels, dtype=dtype, geometry=geometry, weights=weights)
 
 
 def call(function, logits=False):
@@ -42,7 +31,7 @@ def call(function, logits=False):
 
 def compare(values, needed=None, logits=False, **more):
     needed = needed or [True] * len(values)
-    return check_gradients(
+    return check_operator(
         call(safnet_ops.fused_fuse, logits), call(reference.fused_fuse, logits), values, needed, **more
     )
 
@@ -50,7 +39,7 @@ def compare(values, needed=None, logits=False, **more):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_the_reference(cuda, dtype, layout):
-    compare([arrange(value, layout) for value in inputs(dtype=dtype)])
+    compare([layout(value) for value in inputs(dtype=dtype)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,18 +76,14 @@ def test_pairs_of_gradients_compute_nothing_else(cuda):
 
 
 def test_images_are_slices_of_six_channels(cuda):
-    """As callers have them: linear and LDR picture in one tensor, the three exposures of a batch beside each other."""
-    pictures = torch.rand(3, 2, 6, 5, 8)
-    values = inputs((2, 3, 5, 8))
-    values[0:3] = [picture[:, :3] for picture in pictures]
-    values[7] = pictures[1][:, 3:]
-    compare(values)
+    """As callers have them: linear and LDR picture in one tensor."""
+    compare(fusion_inputs((5, 8), n=2, exposures=True))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("width", [8, 9])
 def test_64bit_offsets_give_the_same_bits(cuda, monkeypatch, layout, width):
-    values = [arrange(value, layout) for value in inputs((2, 3, 4, width))] + [None] * 3
+    values = [layout(value) for value in inputs((2, 3, 4, width))] + [None] * 3
     grad = torch.randn(2, 3, 4, width)
 
     def run():
@@ -126,7 +111,7 @@ def test_deterministic_gradient_under_any_order(cuda, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     _, expected = gradients(call(reference.fused_fuse), [v.double() for v in values], [True] * 8, grad.double())
     for position in (0, 1, 2, 5, 6):  # flows may lie on cell borders now
-        assert_close(found[0][position], expected[position], dtype, f"gradient {position}", slack=4)
+        assert_close(f"gradient {position}", found[0][position], expected[position])
 
 
 def test_nan_flow_and_mask_stay_at_their_pixel(cuda):

@@ -5,8 +5,9 @@ import torch
 
 import ptxsim
 import safnet_ops
+from operator_inputs import conv_inputs
 from safnet_ops import reference
-from tests.support.comparison import DTYPES, arrange, assert_close, check_gradients
+from tests.support.operators import DTYPES, LAYOUTS, assert_close, channels_last, check_operator, contiguous
 
 CASES = {  # channels in, channels out, groups, stride, dilation, height, width
     "decoder": (30, 30, 3, 1, 1, 6, 9),
@@ -23,15 +24,10 @@ CASES = {  # channels in, channels out, groups, stride, dilation, height, width
 }
 
 
-def inputs(case, dtype=torch.float32, layout="contiguous", n=1):
-    channels_in, channels_out, groups, stride, dilation, height, width = CASES[case]
-    image = arrange(torch.randn(n, channels_in, height, width).to(dtype), layout)
-    fan_in = 9 * channels_in / groups
-    weight = (torch.randn(channels_out, channels_in // groups, 3, 3) / fan_in**0.5).to(dtype)
-    bias, prelu = torch.randn(channels_out).to(dtype), (0.1 + 0.3 * torch.rand(channels_out)).to(dtype)
-    out_shape = (n, channels_out, -(-height // stride), -(-width // stride))
-    residual = arrange(torch.randn(out_shape).to(dtype), layout)
-    return [image, weight, bias, prelu, residual], {"groups": groups, "stride": stride, "dilation": dilation}
+def inputs(case, dtype=torch.float32, layout=contiguous, n=1):
+    channels_in, channels_out, groups, stride, dilation, *size = CASES[case]
+    image, *others, residual = conv_inputs(size, (channels_in, channels_out), groups, n=n, stride=stride, dtype=dtype)
+    return [layout(image), *others, layout(residual)], {"groups": groups, "stride": stride, "dilation": dilation}
 
 
 def call(function, geometry):
@@ -43,7 +39,7 @@ def call(function, geometry):
 
 def compare(values, geometry, needed=None, **more):
     needed = needed or [True] * len(values)
-    return check_gradients(
+    return check_operator(
         call(safnet_ops.group_conv_shuffle, geometry),
         call(reference.group_conv_shuffle, geometry),
         values,
@@ -52,29 +48,29 @@ def compare(values, geometry, needed=None, **more):
     )
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_the_reference(cuda, dtype, layout):
-    compare(*inputs("decoder", dtype, layout), slack=4)
+    compare(*inputs("decoder", dtype, layout))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "decoder"])
 @pytest.mark.parametrize(
     ("dtype", "layout"),
-    [(torch.float32, "contiguous"), (torch.float16, "contiguous"), (torch.float16, "channels_last")],
+    [(torch.float32, contiguous), (torch.float16, contiguous), (torch.float16, channels_last)],
     ids=str,
 )
 def test_geometries(cuda, dtype, layout, case):
-    compare(*inputs(case, dtype, layout), slack=4)
+    compare(*inputs(case, dtype, layout))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("case", ["decoder", "stride 2", "refine"])
 def test_tf32_where_torch_allows_it(cuda, float32_products, case, layout):
     float32_products("tf32")
     values, geometry = inputs(case, torch.float32, layout)
     # Without PReLU: rounding may change the sign of a preactivation near zero, and gradients by the whole step of the slope.
-    compare(values[:3], geometry, slack=50)  # 10 bits of mantissa
+    compare(values[:3], geometry, slack=300)  # 10 bits of mantissa
     assert cuda.saw("convolve_tensorIf")
 
 
@@ -82,13 +78,13 @@ def test_tf32_where_torch_allows_it(cuda, float32_products, case, layout):
 @pytest.mark.parametrize("capability", [75, 86])
 def test_less_shared_memory_and_older_tensor_cores(cuda, dtype, capability):
     with cuda.capability(capability):
-        compare(*inputs("refine", dtype, n=2), slack=4)
+        compare(*inputs("refine", dtype, n=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_geometry_beyond_shared_memory(cuda, dtype):
     CASES["wide"] = (2, 3, 1, 1, 70, 5, 90)
-    compare(*inputs("wide", dtype), slack=4)
+    compare(*inputs("wide", dtype))
     assert cuda.saw("convolve_direct")
 
 
@@ -107,7 +103,7 @@ def test_every_gradient_alone(cuda):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_64bit_offsets_give_the_same_bits(cuda, monkeypatch, dtype, layout):
     values, geometry = inputs("refine", dtype, layout)
 
@@ -164,4 +160,4 @@ def test_empty(cuda, shape):
     assert out.shape == shape
     image_grad, weight_grad = torch.autograd.grad(out.sum(), (image, weight))
     assert image_grad.shape == shape
-    assert_close(weight_grad, torch.zeros(4, 4, 3, 3), torch.float32, "weight gradient")
+    assert_close("weight gradient", weight_grad, torch.zeros(4, 4, 3, 3))

@@ -1,12 +1,4 @@
 import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -20,20 +12,6 @@ def simulated():
 
     with ptxsim.triton_on_cpu(poison_empty=True):
         yield
-
-
-@pytest.fixture
-def float32_products():
-    """Call it with "ieee" or "tf32" to say how float32 convolutions may multiply; "ieee" until then."""
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-
-    def choose(precision):
-        conv.fp32_precision = precision
-
-    choose("ieee")
-    yield choose
-    choose(before)
 
 
 @pytest.fixture

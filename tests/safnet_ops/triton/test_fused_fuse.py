@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import safnet_ops
+from operator_inputs import FUSION, fusion_inputs
 from safnet_ops import reference
-from tests.support.operators import KINDS, LAYOUTS, TOLERANCE, assert_close, channels_last, check_operator, off_grid
+from tests.support.operators import KINDS, LAYOUTS, assert_close, channels_last, check_operator
 
 pytestmark = pytest.mark.usefixtures("simulated")
-NAMES = ("short", "reference", "long", "flow_short", "flow_long", "mask_short", "mask_long", "reference_ldr")
 
 
 def by_exposure(function, **options):
@@ -21,27 +21,23 @@ def by_weights(function, **options):
 
 
 def make(size=(5, 7), n=2, channels=3, kind=(torch.float32, torch.float32), weights=False, logits=False):
-    images = [torch.rand(n, channels, *size).to(kind[0]) for _ in range(3)]
-    flows = [off_grid(torch.randn(n, 2, *size) * 3).to(kind[1]) for _ in range(2)]
-    masks = [(torch.randn(n, 1, *size) if logits else torch.rand(n, 1, *size)).to(kind[1]) for _ in range(2)]
-    base = [torch.rand(n, c, *size).to(kind[0]) for c in ((channels, 1, channels) if weights else (channels,))]
-    return [*images, *flows, *masks, *base]
+    counts = (channels, 1, channels) if weights else ()
+    return fusion_inputs(size, n=n, channels=channels, dtype=kind[0], geometry=kind[1], logits=logits, weights=counts)
 
 
-def check(inputs, needed, tolerance, wrap=by_exposure, **options):
+def check(inputs, needed, wrap=by_exposure, **options):
     return check_operator(
         wrap(safnet_ops.fused_fuse, backend="triton", **options),
         wrap(reference.fused_fuse, **options),
         inputs,
         needed,
-        tolerance,
     )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_matches_reference(kind):
     inputs = make(kind=kind)
-    out = check(inputs, (True,) * 8, TOLERANCE[kind[0]])
+    out = check(inputs, (True,) * 8)
     assert out.dtype == kind[0]
 
 
@@ -49,23 +45,23 @@ def test_matches_reference(kind):
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 1), (19, 70)], ids=str)
 def test_layouts_and_odd_sizes(layout, size):
     inputs = [layout(x) for x in make(size)]
-    out = check(inputs, (True,) * 8, 1e-5)
+    out = check(inputs, (True,) * 8)
     if size == (19, 70):
         assert out.is_contiguous(memory_format=torch.channels_last) == (layout is channels_last)
 
 
 def test_layouts_may_differ():
     inputs = [x if i % 2 else channels_last(x) for i, x in enumerate(make())]
-    check(inputs, (True,) * 8, 1e-5)
+    check(inputs, (True,) * 8)
 
 
 @pytest.mark.parametrize("channels", [1, 6])
 def test_other_numbers_of_channels(channels):
-    check(make(channels=channels), (True,) * 8, 1e-5)
+    check(make(channels=channels), (True,) * 8)
 
 
 def test_explicit_weights_and_logits():
-    check(make(weights=True, logits=True), (True,) * 10, 1e-5, by_weights, mask_logits=True)
+    check(make(weights=True, logits=True), (True,) * 10, by_weights, mask_logits=True)
 
 
 @pytest.mark.parametrize(
@@ -74,19 +70,18 @@ def test_explicit_weights_and_logits():
     ids=lambda names: "+".join(sorted(names)),
 )
 def test_only_needed_gradients(wanted):
-    check(make(), tuple(name in wanted for name in NAMES), 1e-5)
+    check(make(), tuple(name in wanted for name in FUSION))
 
 
 def test_reference_at_the_kinks_of_its_weights():
     inputs = make()
     inputs[7] = torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, inputs[7].shape)]
-    check(inputs, (False,) * 7 + (True,), 1e-5)
+    check(inputs, (False,) * 7 + (True,))
 
 
-def test_deterministic_backward_repeats_to_the_bit():
+def test_deterministic_backward_repeats_to_the_bit(deterministic):
     import ptxsim
 
-    torch.use_deterministic_algorithms(True)
     inputs = make((5, 60), n=1)
     inputs[3][:, 0] = 3.3 - torch.arange(60.0)
     inputs[4][:, 0] = 50.7 - torch.arange(60.0)
@@ -97,7 +92,7 @@ def test_deterministic_backward_repeats_to_the_bit():
             safnet_ops.fused_fuse(*leaves, backend="triton").sum().backward()
         found.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    check(inputs, (True,) * 8, 1e-5)
+    check(inputs, (True,) * 8)
 
 
 def test_nan_flow_gives_nan_at_its_pixel():
@@ -110,9 +105,9 @@ def test_nan_flow_gives_nan_at_its_pixel():
 
 def test_64bit_offsets_give_the_same_bits(wide):
     inputs = make()
-    narrow = check(inputs, (True,) * 8, 1e-5)
+    narrow = check(inputs, (True,) * 8)
     wide()
-    assert torch.equal(check(inputs, (True,) * 8, 1e-5), narrow)
+    assert torch.equal(check(inputs, (True,) * 8), narrow)
 
 
 def test_empty_batch():
@@ -131,4 +126,4 @@ def test_second_derivative():
     for function in (by_exposure(safnet_ops.fused_fuse, backend="triton"), by_exposure(reference.fused_fuse)):
         (slope,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[3], create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), inputs[0])[0])
-    assert_close("second derivative", found[0], found[1], 1e-10)
+    assert_close("second derivative", found[0], found[1])
