@@ -239,7 +239,7 @@ class Call:
         """Pictures in the layout; flows, masks and filters stay contiguous."""
         is_picture = value.dim() == 4 and value.shape[1] > 2 and value.shape[0] == 1
         layout = torch.channels_last if self.channels_last and is_picture else torch.contiguous_format
-        return value.contiguous(memory_format=layout).requires_grad_()
+        return value.to(memory_format=layout).requires_grad_()  # also where the sizes tell no layout
 
 
 @contextlib.contextmanager

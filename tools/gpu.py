@@ -29,7 +29,7 @@ BUDGET = {
 }  # seconds on a machine with a GPU and 16 cores; the benchmarks take what they take, about a minute
 PATIENCE = 10  # a dry run may take so many times as long: it runs on any machine
 DRY_ARCHITECTURE = "9.0"
-NEEDED = ("torch", "ninja", "pybind11", "setuptools", "numpy", "pytest")
+NEEDED = ("torch", "ninja", "pybind11", "setuptools", "numpy", "pytest", "hypothesis")
 TAIL = 40  # lines of a failing step's output in the report
 
 
@@ -151,14 +151,12 @@ def _build(dry_run: bool) -> tuple[bool, str]:
 
 
 def _test(backend: str, dry_run: bool) -> tuple[bool, str]:
-    # Not the conftest.py above: it asks for packages that these tests do without.
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
         "--import-mode=importlib",
-        "--confcutdir=tests/safnet_ops/cuda",
         "tests/safnet_ops/cuda",
     ]
     if dry_run:

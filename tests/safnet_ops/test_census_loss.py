@@ -89,9 +89,9 @@ def test_equal_pictures_and_brightness():
 
 
 def test_high_contrast():
-    """Linear radiance may span many decades."""
+    """Linear radiance may span many decades. Grey is rounded at its own size, the loss looks at differences near one."""
     prediction, target = (torch.exp(20 * picture) for picture in make((20, 30)))
-    check(prediction, target)
+    check(prediction, target, slack=10)
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2, 3])
