@@ -148,7 +148,7 @@ def test_any_shape(data):
     prediction, target = make((draw(1, 40), draw(1, 40)), draw(1, 2), draw(1, 4))
     layout = data.draw(st.sampled_from(LAYOUTS))
     contrast = data.draw(st.sampled_from([1e-3, 1.0, 20.0]))
-    check(layout(prediction * contrast), target, 2 * draw(1, 7) + 1)
+    check(layout(prediction * contrast), target, 2 * draw(1, 7) + 1, slack=3)  # greys of 20 differ by less than one
 
 
 @pytest.mark.parametrize("patch_size", [3, 7])

@@ -139,7 +139,8 @@ def test_any_shape_and_flow(n, size, channels, flow, explicit, logits):
     operator, expected = (caller(f, mask_logits=logits) for f in (safnet_ops.fused_fuse, reference.fused_fuse))
     # Beside NaN flows the gradient of an image is NaN as a whole row of sums; values are compared.
     needed = [flow == flow] * len(inputs)
-    check_operator(operator, expected, inputs, needed)
+    # Where a pixel is sampled is rounded at the size of its index, up to 70, and these pictures jump from pixel to pixel.
+    check_operator(operator, expected, inputs, needed, slack=10, terms=1)
 
 
 @pytest.mark.parametrize("explicit", [False, True])

@@ -23,7 +23,8 @@ def check(inputs):
     results = safnet_ops.upsample_fuse(*inputs)
     expected = reference.upsample_fuse(*(x.double() for x in inputs))
     for name, result, exact in zip(RESULTS, results, expected, strict=True):
-        assert_close(name, result, exact)
+        # Where a pixel is sampled is rounded at the size of its index, and these pictures jump from pixel to pixel.
+        assert_close(name, result, exact, slack=4 if name == "fused" else 1)
     return results
 
 

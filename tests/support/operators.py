@@ -60,10 +60,11 @@ def transposed(x: Tensor) -> Tensor:
 LAYOUTS = [contiguous, channels_last, sliced, padded, expanded, transposed]
 
 
-def assert_close(name: str, actual: Tensor | None, expected: Tensor, *, slack: float = 1.0) -> None:
+def assert_close(name: str, actual: Tensor | None, expected: Tensor, *, slack: float = 1.0, terms: float = 0.0) -> None:
     """Compare with a reference by the tolerance of the dtype that `actual` has.
 
-    A missing tensor, a wrong shape, and NaN or infinity on one side only are failures too.
+    A missing tensor, a wrong shape, and NaN or infinity on one side only are failures too. `terms`: the size of what values
+    are sums of, for drawn inputs so few that all their sums may cancel; errors are relative to it where it is larger.
     """
     assert actual is not None, f"{name} is missing"
     assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -74,7 +75,7 @@ def assert_close(name: str, actual: Tensor | None, expected: Tensor, *, slack: f
     assert torch.where(finite, actual.isfinite(), same).all(), f"{name} has NaN or infinity in other places"
     if not finite.any():
         return
-    scale = max(expected[finite].abs().max().item(), torch.finfo(torch.float64).tiny)
+    scale = max(expected[finite].abs().max().item(), terms, torch.finfo(torch.float64).tiny)
     error = (actual - expected)[finite].abs().max().item() / scale
     assert error <= allowed, f"{name} is off by {error:.2e} of its largest value, allowed {allowed:.1e}"
 
@@ -97,6 +98,7 @@ def check_operator(
     needed: Sequence[bool],
     *,
     slack: float = 1.0,
+    terms: float = 0.0,
 ) -> Tensor:
     """Run operator and float64 reference forward and backward; compare the result and exactly the gradients needed."""
     exact = [x.double() for x in inputs]
@@ -106,10 +108,10 @@ def check_operator(
     grad = torch.randn(shape, dtype=torch.float64).to(inputs[0].dtype)
     result, found = gradients(operator, inputs, needed, grad)
     expected, wanted = gradients(reference, exact, needed, grad.double())
-    assert_close("the result", result, expected, slack=slack)
+    assert_close("the result", result, expected, slack=slack, terms=terms)
     for position, (one, other) in enumerate(zip(found, wanted, strict=True)):
         if other is not None:
-            assert_close(f"gradient {position}", one, other, slack=slack)
+            assert_close(f"gradient {position}", one, other, slack=slack, terms=terms)
             assert one is not None
             assert one.dtype == inputs[position].dtype
     return result
