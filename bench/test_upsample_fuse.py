@@ -8,7 +8,7 @@ from safnet.model import network_size
 
 def upsample_case(height, width):
     def inputs():
-        return upsample_inputs((height, width), network_size(height, width, 1.0), exposures=True)
+        return upsample_inputs((height, width), network_size(height, width, 1.0), pixels=1, exposures=True)
 
     return Case("upsample_fuse", f"{height}x{width}", inputs, stock=grid_sample_upsample_fuse)
 
