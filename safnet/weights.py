@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from safnet.choices import Variant
@@ -62,10 +62,15 @@ def weights_path(name: str | os.PathLike[str]) -> Path:
 
 def save_model(model: SAFNet, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> None:
     """Write a model's weights as .safetensors, whole or not at all."""
-    path = Path(path)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    write_tensors(Path(path), state, {"format": "pt", "variant": model.variant, **(metadata or {})})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a .safetensors file, whole or not at all."""
     with written_whole(path) as partial:
-        save_file(state, partial, {"format": "pt", "variant": model.variant, **(metadata or {})})
+        # Not save_file: it goes through a temporary file that only its owner may read, whatever the umask says.
+        partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def take_fitting(model: SAFNet, start: SAFNet) -> None:

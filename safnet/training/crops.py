@@ -12,15 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from safnet.data.datasets import DatasetError, SceneFiles, find_scenes, in_all_orders, load_scene
 from safnet.data.scenes import Panorama, Scene, SceneSettings, find_panoramas, load_panorama, synthesize_scene
-from safnet.files import written_whole
 from safnet.radiance import exposure_input, exposure_ratios
 from safnet.training.settings import TrainingError, TrainSettings
+from safnet.weights import write_tensors
 
 POOL = 64  # scenes from which the crops of one moment come, so that a batch shows many
 MARGIN = 1.25  # side of a rendered scene over that of its crops
@@ -126,9 +125,7 @@ class CachedScenes:
                 pass
         scene = self.scenes.read(number)
         self.folder.mkdir(parents=True, exist_ok=True)
-        evs = {f"ev{i}": repr(ev) for i, ev in enumerate(scene.evs)}
-        with written_whole(path) as partial:
-            save_file({name: part.contiguous() for name, part in _tensors(scene).items()}, partial, evs)
+        write_tensors(path, _tensors(scene), {f"ev{i}": repr(ev) for i, ev in enumerate(scene.evs)})
         if self.keep is not None:
             self._path(number - self.keep).unlink(missing_ok=True)
         return scene

@@ -1,5 +1,7 @@
 """Loading and saving of weights: files that fit, and files that do not."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,6 +27,17 @@ def test_round_trip(model, suffix, tmp_path):
     assert not loaded.training
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_who_may_read_the_file_follows_the_umask(umask, mode, tmp_path):
+    path = tmp_path / "model.safetensors"
+    before = os.umask(umask)
+    try:
+        save_model(SAFNet("small"), path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize(("name", "variant"), [("safnet-s", "small"), ("safnet", "full")])

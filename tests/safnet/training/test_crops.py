@@ -254,6 +254,15 @@ def test_the_cache_gives_what_it_was_given_and_keeps_little(tmp_path):
     assert equal(scenes.read(0), scene_folders.make_scene(0))  # thrown away, and made again
 
 
+def test_a_cached_scene_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        CachedScenes(Shifts(), tmp_path).read(0)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640]
+
+
 def test_a_data_sets_cache_knows_its_files(tmp_path):
     for number in range(2):
         write_scene(scene_folders.make_scene(number), tmp_path / f"{number}")
