@@ -10,11 +10,11 @@ from .bind import Binder
 from .errors import Misaligned, OutOfBounds
 from .ir import Instr, Mem, Sym
 from .lanes import Lanes
-from .memory import LOCAL_BASE, SHARED_BASE, Arena, Region, WindowArena
+from .memory import LOCAL_BASE, SHARED_BASE, Region, WindowArena
 from .types import SPACES, size_of
 
 #: arena, byte offsets int64[n], and the n active threads they belong to.
-Part = tuple[Arena, np.ndarray, Lanes]
+Part = tuple[Region | WindowArena, np.ndarray, Lanes]
 Resolver = Callable[[Lanes, np.ndarray], list[Part]]
 
 
@@ -162,7 +162,9 @@ def memory_space(b: Binder, ins: Instr, a: Mem) -> str:
     return "global" if space == "const" else space
 
 
-def observe(m, ins: Instr, pc: int, arena: Arena, off: np.ndarray, g: Lanes, size: int, write: bool) -> None:
+def observe(
+    m, ins: Instr, pc: int, arena: Region | WindowArena, off: np.ndarray, g: Lanes, size: int, write: bool
+) -> None:
     """Count one request in the statistics."""
     if isinstance(arena, Region):
         if not ins.has("param", "const"):

@@ -198,12 +198,15 @@ class Checker:
     ) -> None:
         """At ``cp.async``: the target counts as written, and as not readable until waited for."""
         self.write(m, arena, off, size, t, ins, None)
-        for g in _granules(off, size, arena.shadow.shift):
-            arena.shadow.state[g] = PENDING
+        shadow = arena.shadow
+        assert shadow is not None
+        for g in _granules(off, size, shadow.shift):
+            shadow.state[g] = PENDING
 
     def land_async(self, m: Machine, arena: WindowArena, off: np.ndarray, size: int, t: np.ndarray) -> None:
         """At the wait: the data is there, written now by the thread that issued the copy."""
         shadow = arena.shadow
+        assert shadow is not None
         for g in _granules(off, size, shadow.shift):
             shadow.state[g] = SET
             shadow.write_code[g] = m.code[t]
@@ -217,6 +220,7 @@ class Checker:
 
     # -- details ---------------------------------------------------------------------------------------------------
     def _uninit_global(self, m, arena: Region, off, size, t, ins) -> None:
+        assert arena.uninit is not None
         step = min(size, 8)
         for k in range(0, size, step):
             bad = arena.uninit.view(step).take((off + k) >> (step.bit_length() - 1)) != 0
@@ -275,6 +279,7 @@ class Checker:
         if not self.checks.global_races:
             return
         shadow = arena.shadow
+        assert shadow is not None
         time = shadow.write_time[g]
         if time.max(initial=-1) < 0:
             return

@@ -113,6 +113,18 @@ class Instr:
         """True if any of ``mods`` is among the modifiers."""
         return any(m in self.mods for m in mods)
 
+    def memory(self, k: int) -> Mem:
+        """Argument ``k``, which is an address in every form of the instruction."""
+        argument = self.args[k]
+        assert isinstance(argument, Mem), self.text
+        return argument
+
+    def immediate(self, k: int) -> int:
+        """Value of argument ``k``, which is an immediate in every form of the instruction."""
+        argument = self.args[k]
+        assert isinstance(argument, Imm), self.text
+        return argument.value
+
     def pick(self, options, default=None):
         """First modifier that is in ``options``, else ``default``."""
         return next((m for m in self.mods if m in options), default)
@@ -172,7 +184,9 @@ def map_operand(o: Operand, reg: Callable[[str], str], sym: Callable[[str], str]
     if isinstance(o, Sym):
         return Sym(sym(o.name), o.offset)
     if isinstance(o, Mem):
-        return Mem(map_operand(o.base, reg, sym), o.offset)
+        base = map_operand(o.base, reg, sym)
+        assert isinstance(base, Reg | Sym | Imm)
+        return Mem(base, o.offset)
     if isinstance(o, Vec):
         return Vec(tuple(map_operand(i, reg, sym) for i in o.items))
     if isinstance(o, Pair):

@@ -99,7 +99,8 @@ class Machine:
 
     # -- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, pc: int, ins: Instr) -> None:
-        kind, step = Kind.PLAIN, nothing
+        kind = Kind.PLAIN
+        step: Step = nothing
         if ins.op == "bra":
             kind = Kind.BRANCH
         elif ins.op == "brx":

@@ -152,6 +152,7 @@ class _Parser:
             rest,
             re.S,
         )
+        assert head is not None  # it also matches nothing
         words, names = head[1], head[2]
         align = re.search(r"(?<!ptr)\s\.align\s+(\d+)", " " + re.sub(r"\.ptr.*", "", words))
         kinds = [
@@ -160,7 +161,8 @@ class _Parser:
         if not kinds:
             raise self.fail(f"no type in declaration {text[:80]!r}")
         ty = kinds[0]
-        lanes = int(re.search(r"\.v(\d)", words)[1]) if re.search(r"\.v\d", words) else 1
+        vector = re.search(r"\.v(\d)", words)
+        lanes = int(vector[1]) if vector else 1
         out = []
         for item in split_operands(names):
             name, _, init = item.partition("=")
@@ -357,7 +359,10 @@ class _Body:
             a, b = t.split("|")
             return Pair(self.operand(a.strip()), self.operand(b.strip()))
         if t[0] == "!":
-            return Reg(self.operand(t[1:].strip()).name, True)
+            negated = self.operand(t[1:].strip())
+            if not isinstance(negated, Reg):
+                raise self.p.fail(f"bad operand {t!r}")
+            return Reg(negated.name, True)
         name = self.scope.find("names", t)
         if name is not None:
             return Reg(name) if name in self.fn.regs else Sym(name)
@@ -385,4 +390,6 @@ class _Body:
         base = self.operand(m[1])
         if isinstance(base, Sym):
             return Mem(Sym(base.name), base.offset + offset)
+        if not isinstance(base, Reg | Imm):
+            raise self.p.fail(f"bad address [{t}]")
         return Mem(base, offset)

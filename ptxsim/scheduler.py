@@ -247,7 +247,7 @@ class Scheduler:
         """Release the blocks for which barrier ``ident``, where threads wait at ``pcs``, is complete."""
         m = self.m
         there = [self._per_block(self.parked[pc]) for pc in pcs]
-        waiting = sum(there)
+        waiting = np.sum(there, axis=0)
         counts = m.barriers[pcs[0]].count
         if counts is None:
             done = (waiting > 0) & (waiting == self._per_block(m.live))
@@ -256,7 +256,7 @@ class Scheduler:
         if not done.any():
             return False
         if counts is None:
-            split = done & (sum((n > 0).astype(int) for n in there) > 1)
+            split = done & (np.sum([n > 0 for n in there], axis=0) > 1)
             if split.any():
                 self._diverged(pcs, int(np.argmax(split)))
         if ident in self.arrived:

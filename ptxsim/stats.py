@@ -219,7 +219,8 @@ class Stats:
             row[0] += self.warp_execs[pc]
             row[1] += self.sectors.get(pc, 0)
             row[2] += self.wavefronts.get(pc, 0)
-        return [(k, *v) for k, v in sorted(rows.items(), key=lambda kv: -kv[1][0])[:n] if v[0]]
+        hottest = sorted(rows.items(), key=lambda kv: -kv[1][0])[:n]
+        return [(place, execs, sectors, wavefronts) for place, (execs, sectors, wavefronts) in hottest if execs]
 
     def summary(self) -> str:
         """Readable report."""

@@ -13,7 +13,7 @@ from ..access import observe, resolver
 from ..bind import Binder, Step
 from ..ir import Imm, Instr
 from ..lanes import Lanes
-from ..memory import POISON
+from ..memory import POISON, WindowArena
 from ..types import UINT
 from .registry import op, unsupported_instr
 
@@ -50,15 +50,15 @@ def cp(b: Binder, ins: Instr, pc: int) -> Step:
     if ins.has("wait_all"):
         return lambda g: complete(m, g, None)
     if ins.has("wait_group"):
-        keep = int(ins.args[0].value)
+        keep = ins.immediate(0)
         return lambda g: complete(m, g, keep)
     return _issue(b, ins, pc)
 
 
 def _issue(b: Binder, ins: Instr, pc: int) -> Step:
     m = b.m
-    size = int(ins.args[2].value)
-    to, source = b.addresses(ins.args[0]), b.addresses(ins.args[1])
+    size = ins.immediate(2)
+    to, source = b.addresses(ins.memory(0)), b.addresses(ins.memory(1))
     into = resolver(b, ins, "shared", size, True)
     origin = resolver(b, ins, "global", size, False)
     length, ignore = None, None
@@ -73,6 +73,7 @@ def _issue(b: Binder, ins: Instr, pc: int) -> Step:
 
     def step(g: Lanes) -> None:
         ((arena, target, _),) = into(g, to(g))
+        assert isinstance(arena, WindowArena)
         if m.stats is not None:
             m.stats.on_shared(pc, g, target - g.pick(arena.base), size)
         wanted = np.full(g.n, size, np.int64) if length is None else length(g).astype(np.int64)

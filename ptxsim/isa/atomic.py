@@ -35,12 +35,13 @@ def _combine(name: str, ty: str) -> Callable:
     if name in _UFUNC:
         return _UFUNC[name]
     one = DTYPE[ty](1)
-    return {
+    others: dict[str, Callable] = {
         "exch": lambda old, x: x,
         "cas": lambda old, x, y: np.where(old == x, y, old),
         "inc": lambda old, x: np.where(old >= x, DTYPE[ty](0), old + one),
         "dec": lambda old, x: np.where((old == 0) | (old > x), x, old - one),
-    }[name]
+    }
+    return others[name]
 
 
 @op("atom", "red")
@@ -51,9 +52,9 @@ def atom(b: Binder, ins: Instr, pc: int) -> Step:
     ty = next((t for t in reversed(ins.mods) if t in DTYPE), None)
     if name is None or ty is None or ins.has("async"):
         raise unsupported_instr(ins)
-    args = list(ins.args)
-    d = args.pop(0) if ins.op == "atom" else None
-    a, rest = args[0], args[1:]
+    d = ins.args[0] if ins.op == "atom" else None
+    place = 0 if d is None else 1
+    a, rest = ins.memory(place), ins.args[place + 1 :]
     vector = len(items(rest[0]))
     esize = size_of(ty)
     space = memory_space(b, ins, a)

@@ -52,6 +52,7 @@ def _unpack(b: Binder, ins: Instr, d: Vec, s, ty: str) -> Step:
     for k, item in enumerate(d.items):
         if isinstance(item, Sink):
             continue
+        piece: np.ndarray | np.unsignedinteger
         if isinstance(whole, np.ndarray):
             piece = whole.view(UINT[part])[k :: len(d.items)]
         else:
@@ -72,7 +73,7 @@ def _to_int(x: np.ndarray, dt: str) -> np.ndarray:
         limit = 2.0 ** (63 if dt[0] == "s" else 64)
         inside = np.where(x < limit, x, 0).astype(np.float64)
         inside = np.where(inside >= info.min, inside, 0)
-        r = inside.astype(DTYPE[dt])
+        r: np.ndarray = inside.astype(DTYPE[dt])
         r = np.where(x >= limit, DTYPE[dt](info.max), r)
         return np.where(x < info.min, DTYPE[dt](info.min), r)
     wide = np.clip(np.asarray(x).astype(np.float64), info.min, info.max)

@@ -65,7 +65,7 @@ def funnel(b: Binder, ins: Instr, pc: int) -> Step:
 @op("lop3")
 def lop3(b: Binder, ins: Instr, pc: int) -> Step:
     """Any three-input logic function, given by its truth table."""
-    table = int(ins.args[4].value)
+    table = ins.immediate(4)
 
     def f(x, y, z):
         r = np.uint32(0)

@@ -160,7 +160,7 @@ def stmatrix(b: Binder, ins: Instr, pc: int) -> Step:
 def _matrix(b: Binder, ins: Instr, pc: int, load: bool) -> Step:
     m = b.m
     count = int(ins.pick(("x1", "x2", "x4"))[1])
-    memory, registers = (ins.args[1], ins.args[0]) if load else (ins.args[0], ins.args[1])
+    memory, registers = (ins.memory(1), ins.args[0]) if load else (ins.memory(0), ins.args[1])
     addresses, resolve = b.addresses(memory), resolver(b, ins, space_of(ins), 16, not load)
     puts = [b.writer(i, "b32") for i in items(registers)] if load else []
     sources = () if load else gather(b, registers)
@@ -176,15 +176,15 @@ def _matrix(b: Binder, ins: Instr, pc: int, load: bool) -> Step:
         if load:
             if m.checker is not None:
                 m.checker.read(m, arena, off, 16, rows.ix, ins)
-            data = view.take(off >> 4, axis=0).reshape(-1, count, 8, 8)
-            data = data.transpose(0, 1, 3, 2) if trans else data
-            words = np.ascontiguousarray(data).reshape(len(data), count, 32, 2).view(np.uint32)[..., 0]
+            tiles = view.take(off >> 4, axis=0).reshape(-1, count, 8, 8)
+            tiles = tiles.transpose(0, 1, 3, 2) if trans else tiles
+            words = np.ascontiguousarray(tiles).reshape(len(tiles), count, 32, 2).view(np.uint32)[..., 0]
             for q, put in enumerate(puts):
                 put(g, np.ascontiguousarray(words[:, q]).reshape(-1))
             return
-        data = np.ascontiguousarray(_words(sources, g)).view(np.uint16).reshape(-1, 8, 8)
-        data = np.ascontiguousarray(data.transpose(0, 2, 1)) if trans else data
-        data = data.reshape(-1, 8)
+        stored = np.ascontiguousarray(_words(sources, g)).view(np.uint16).reshape(-1, 8, 8)
+        stored = np.ascontiguousarray(stored.transpose(0, 2, 1)) if trans else stored
+        data = stored.reshape(-1, 8)
         if m.checker is not None:
             differs = lambda: (view[off >> 4] != data).any(1)
             m.checker.write(m, arena, off, 16, rows.ix, ins, differs)
@@ -219,7 +219,7 @@ def _wmma_memory(b: Binder, ins: Instr, pc: int) -> Step:
     load, which = ins.mods[0] == "load", ins.mods[1]
     mm, nn, kk = shape_of(ins)
     rows, cols = {"a": (mm, kk), "b": (kk, nn), "c": (mm, nn), "d": (mm, nn)}[which]
-    memory, registers = (ins.args[1], ins.args[0]) if load else (ins.args[0], ins.args[1])
+    memory, registers = (ins.memory(1), ins.args[0]) if load else (ins.memory(0), ins.args[1])
     regs = items(registers)
     esize, per_word = size_of("b32" if ty == "tf32" else ty), _per_word(ty)
     if ty in ("f64", "s4", "u4", "b1"):
@@ -236,9 +236,10 @@ def _wmma_memory(b: Binder, ins: Instr, pc: int) -> Step:
     def step(g: Lanes) -> None:
         base = addresses(g).reshape(-1, 32)
         ld = stride(g).astype(np.int64).reshape(-1, 32)
-        words = _words(sources, g) if not load else None
-        parts = None if load else np.ascontiguousarray(words.transpose(0, 2, 1)).view(UINT[esize])
-        data = np.empty((len(base), 32, len(regs) * per_word), UINT[esize])
+        parts: np.ndarray = np.empty(0)
+        if not load:
+            parts = np.ascontiguousarray(_words(sources, g).transpose(0, 2, 1)).view(UINT[esize])
+        data: np.ndarray = np.empty((len(base), 32, len(regs) * per_word), UINT[esize])
         for e in range(len(regs) * per_word):
             addr = np.ascontiguousarray(base + (major[:, e] * ld + minor[:, e]) * esize).reshape(-1)
             for arena, off, sub in resolve(g, addr):

@@ -130,12 +130,9 @@ def redux(b: Binder, ins: Instr, pc: int) -> Step:
         neutral = dtype.type(np.inf if name == "min" else -np.inf)
         ufunc = np.fmin if name == "min" else np.fmax
     else:
+        info = np.iinfo(DTYPE[ty])
         neutral = dtype.type(
-            {
-                "min": np.iinfo(dtype).max,
-                "max": np.iinfo(dtype).min,
-                "and": -1 if dtype.kind == "i" else np.iinfo(dtype).max,
-            }.get(name, 0)
+            {"min": info.max, "max": info.min, "and": -1 if dtype.kind == "i" else info.max}.get(name, 0)
         )
     put, source = b.writer(ins.args[0], ty), b.all_lanes(ins.args[1], ty)
 
