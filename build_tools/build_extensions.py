@@ -48,7 +48,7 @@ class BuildExtensions(build_ext):
         reason = self._why_not()
         if reason:
             self._decide(f"not building the C++ kernels: {reason}; the PyTorch reference will serve all operators")
-            self.extensions = []
+            self.extensions: list[Extension] = []
             self._write_report({"_C": reason})
             return
         modules = {extension.name: extension for extension in self.extensions}
@@ -64,10 +64,12 @@ class BuildExtensions(build_ext):
     def _why_not(self) -> str | None:
         if os.environ.get("SAFNET_OPS_BUILD") == "0":
             return "SAFNET_OPS_BUILD=0 is set"
+        if sys.platform == "win32":
+            return "they are written for GCC and Clang on Linux and macOS, and nobody has ported their build to Windows"
         self.compiler_path = (
-            shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+            shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++") or ""
         )
-        if self.compiler_path is None:
+        if not self.compiler_path:
             return "no C++ compiler found (install g++ or clang++, or set CXX), then run pip install again"
         return None
 
@@ -232,12 +234,12 @@ class NinjaFile:
         self.folder = folder
         self.knows_cuda = False
         self.file = (folder / "build.ninja").open("w")
-        self.writer = ninja_syntax.Writer(self.file, width=120)
+        self.writer = ninja_syntax.Writer(self.file, width=120)  # type: ignore[arg-type]  # its stub says str
         self.writer.rule("compile", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
         self.writer.rule("link", f"{compiler} $in -o $out.partial $flags && mv $out.partial $out")
 
     def compile(self, source: Path, name: str, flags: list[str]) -> str:
-        self.writer.build(f"{name}.o", "compile", str(source), variables={"flags": " ".join(map(_shell, flags))})
+        self.writer.build([f"{name}.o"], "compile", [str(source)], variables={"flags": " ".join(map(_shell, flags))})
         return f"{name}.o"
 
     def compile_cuda(self, source: Path, name: str, flags: list[str], nvcc: str) -> str:
@@ -247,13 +249,13 @@ class NinjaFile:
             )
             self.knows_cuda = True
         self.writer.build(
-            f"{name}.cu.o", "compile_cuda", str(source), variables={"flags": " ".join(map(_shell, flags))}
+            [f"{name}.cu.o"], "compile_cuda", [str(source)], variables={"flags": " ".join(map(_shell, flags))}
         )
         return f"{name}.cu.o"
 
     def link(self, objects: list[str], output: Path, flags: list[str]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.writer.build(str(output), "link", objects, variables={"flags": " ".join(map(_shell, flags))})
+        self.writer.build([str(output)], "link", objects, variables={"flags": " ".join(map(_shell, flags))})
 
     def run(self, jobs: str | None) -> None:
         self.file.close()

@@ -20,6 +20,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch  # at run time where it is used: main() says what is missing
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {
@@ -196,14 +200,14 @@ def _benchmarks(dry_run: bool) -> str:
     )
 
 
-def _calls(device: object, scale: int) -> list[tuple[str, Callable]]:
+def _calls(device: torch.device, scale: int) -> list[tuple[str, Callable]]:
     """(name, function(backend) -> (result, inputs that want gradients))."""
     import torch
 
     import safnet_ops
 
     def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.rand(shape, device=device).to(dtype)  # type: ignore[arg-type]
+        return torch.rand(shape, device=device).to(dtype)
 
     def fuse(height: int, width: int, dtype: torch.dtype) -> Callable:
         images = [rand(1, 3, height, width, dtype=dtype).requires_grad_() for _ in range(4)]
@@ -220,7 +224,8 @@ def _calls(device: object, scale: int) -> list[tuple[str, Callable]]:
     def upsample(height: int, width: int) -> Callable:
         images = [rand(1, 3, height, width) for _ in range(4)]
         low = [rand(1, channels, height // 2, width // 2) for channels in (2, 2, 1, 1)]
-        return lambda backend: (safnet_ops.upsample_fuse(*images[:3], *low, images[3], backend=backend)[0], [])
+        operator: Callable = safnet_ops.upsample_fuse
+        return lambda backend: (operator(*images[:3], *low, images[3], backend=backend)[0], [])
 
     def census(height: int, width: int) -> Callable:
         prediction, target = rand(1, 3, height, width).requires_grad_(), rand(1, 3, height, width)
@@ -234,8 +239,8 @@ def _calls(device: object, scale: int) -> list[tuple[str, Callable]]:
             .to(dtype)
             .contiguous(memory_format=layout)
             .requires_grad_()
-        )  # type: ignore[arg-type]
-        weight = (torch.randn(channels, channels // groups, 3, 3, device=device) / 20).to(dtype).requires_grad_()  # type: ignore[arg-type]
+        )
+        weight = (torch.randn(channels, channels // groups, 3, 3, device=device) / 20).to(dtype).requires_grad_()
         slopes = rand(channels, dtype=dtype).requires_grad_()
         return lambda backend: (
             safnet_ops.group_conv_shuffle(image, weight, slopes, slopes, groups, backend=backend),

@@ -36,6 +36,7 @@ def write(path: Path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = {"uint8": "uint8", "uint16": "uint16", "float32": "float"}[str(pixels.dtype)]
     target = oiio.ImageOutput.create(str(path))
+    assert target is not None
     assert target.open(str(path), oiio.ImageSpec(pixels.shape[1], pixels.shape[0], 3, kind))
     assert target.write_image(np.ascontiguousarray(pixels))
     target.close()
