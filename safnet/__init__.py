@@ -61,9 +61,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    """`safnet_ops.__version__`, read from its file: the package itself would import torch."""
+    from pathlib import Path
+    from runpy import run_path
 
-    try:
-        return version("safnet-ops")
-    except PackageNotFoundError:
-        return "0+unknown"  # run from a source folder that was not installed
+    return run_path(str(Path(__file__).parents[1] / "safnet_ops/version.py"))["__version__"]

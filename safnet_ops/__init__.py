@@ -10,8 +10,10 @@ from safnet_ops.census_loss import census_loss
 from safnet_ops.fused_fuse import fused_fuse
 from safnet_ops.group_conv_shuffle import group_conv_shuffle
 from safnet_ops.upsample_fuse import upsample_fuse
+from safnet_ops.version import __version__
 
 __all__ = [
+    "__version__",
     "backward_warp",
     "census_loss",
     "fused_fuse",

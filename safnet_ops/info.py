@@ -9,6 +9,7 @@ import torch
 
 from safnet_ops import backends
 from safnet_ops.operators import OPERATORS
+from safnet_ops.version import __version__
 
 BUILD_REPORT = Path(__file__).with_name("build_report.json")
 
@@ -19,7 +20,9 @@ def report() -> str:
 
 
 def _versions() -> str:
-    lines = [f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"]
+    lines = [
+        f"safnet-ops {__version__}, python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    ]
     lines.append(
         f"{torch.get_num_threads()} CPU threads" + (f", {_gpus()}" if torch.cuda.is_available() else ", no GPU")
     )

@@ -1,0 +1,1 @@
+"""How this project is built: the build backend, and the build_ext command behind it."""
