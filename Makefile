@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # Any release from 2.11 on will do; this range is the one that was tested (2026-11).
 TORCH ?= torch>=2.11,<2.14
-BIN := $(VENV)/bin
+# The rest of pyproject.toml's [build-system], with the reasons there.
+BUILD_TOOLS := "setuptools>=77,<86" "ninja>=1.11,<2" "pybind11>=3.0,<4"
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python -m
 
-.PHONY: demo test bench lint sanitize gpu clean
+.PHONY: demo test bench lint sanitize release-check wheels gpu clean
 
 # One stamp a set of packages; a change of the build or of the native sources installs again.
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -15,7 +17,7 @@ SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*
 $(VENV)/tools.stamp:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --upgrade pip
-	$(RUN) pip install --quiet "$(TORCH)" "setuptools>=77" "ninja>=1.11" "pybind11>=3.0,<4"
+	$(RUN) pip install --quiet "$(TORCH)" $(BUILD_TOOLS)
 	touch $@
 
 $(VENV)/run.stamp: $(VENV)/tools.stamp $(SOURCES)
@@ -58,9 +60,18 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(RUN) mypy
 
+# sdist -> wheel from that sdist -> a new virtual environment elsewhere -> one fusion; the files end in dist/.
+release-check: $(VENV)/dev.stamp
+	$(RUN) tools.check_release --torch "$(TORCH)"
+
+# manylinux wheels for every Python, into dist/; needs Docker or Podman on Linux. docs/internals/releasing.md says more.
+wheels: $(VENV)/dev.stamp
+	$(RUN) pip install --quiet "cibuildwheel>=3,<5"
+	$(RUN) cibuildwheel --output-dir dist
+
 # On a machine with a GPU, with the Python, torch and nvcc that are there; needs no network and makes no .venv.
 gpu:
 	$(PYTHON) -m tools.gpu $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) build demo safnet_ops/*.so safnet_ops/build_report.json
+	rm -rf $(VENV) build dist demo safnet_ops/*.so safnet_ops/build_report.json
