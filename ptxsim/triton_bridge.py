@@ -6,7 +6,7 @@ simulator instead of a GPU.  Neither ``ptxas`` nor a GPU is needed: the final (c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -105,7 +105,7 @@ class _Driver:
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
-    def launcher_cls(self, src: Any, metadata: Any) -> _Launcher:
+    def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
         return _Launcher(src, metadata)
 
 

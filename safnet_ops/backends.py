@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ _served: dict[str, frozenset[str]] = {"reference": frozenset(OPERATORS)}  # back
 _forced: list[str] = []  # innermost `use_backend` last
 
 
-def define(schema: str, fake: Callable) -> None:
+def define(schema: str, fake: Callable[..., Any]) -> None:
     """Define an operator for the compiled and for the Triton kernels, with its fake (meta) implementation."""
     name = schema.partition("(")[0]
     for library in (_COMPILED, _TRITON):
@@ -135,6 +136,6 @@ def _check_name(operator: str, backend: str) -> None:
         raise ValueError(f"{operator}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def kernel(backend: str, name: str) -> Callable:
+def kernel(backend: str, name: str) -> Callable[..., Any]:
     """The registered operator `name` (an operator or its `_backward`) of a backend other than the reference."""
     return getattr(torch.ops.safnet_ops_triton if backend == "triton" else torch.ops.safnet_ops, name)

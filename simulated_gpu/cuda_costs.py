@@ -107,7 +107,7 @@ def compile_all(
     """(source, compute capability) -> what ptxas says of its kernels."""
     jobs = [(ptx, capability) for capability in architectures for ptx in sorted(folder.glob("*.ptx"))]
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: compile_ptx(*job, so_far), jobs)
+        results = pool.map(lambda job: compile_ptx(job[0], job[1], so_far), jobs)
     return {(ptx.stem, capability): result for (ptx, capability), result in zip(jobs, results, strict=True)}
 
 
@@ -258,7 +258,7 @@ def conv(kind: str, dtype: torch.dtype, layout: torch.memory_format, part: str =
         image, weight, bias, slopes, _ = conv_inputs((height, width), (channels, channels), groups, dtype=dtype)
         image = image.contiguous(memory_format=layout)
         if not part:
-            arguments = (image, weight, bias, slopes, None, groups, 1, 1, False)
+            arguments: tuple[object, ...] = (image, weight, bias, slopes, None, groups, 1, 1, False)
             return lambda d: _with_tf32(tf32, d, "group_conv_shuffle", *arguments), size_of(image, image, weight)
         # Without PReLU and shuffle, whose backward is a kernel of its own: the convolution alone.
         needs, result = (1, image) if part == "input" else (2, weight)
@@ -274,7 +274,7 @@ def conv(kind: str, dtype: torch.dtype, layout: torch.memory_format, part: str =
 
 
 def _with_tf32(allowed: bool, device: simulated.Device, operator: str, *arguments: object) -> None:
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     convolutions.fp32_precision = "tf32" if allowed else "ieee"
     device.call(operator, *arguments)
 
@@ -395,9 +395,9 @@ TITLES = (
 
 def all_cost_rows(folder: Path, so_far: bool = False) -> list[str]:
     """Rows of all cases; those of unchanged kernels come from an earlier run. `so_far`: compute nothing."""
-    rows = []
+    rows: list[str] = []
     with contextlib.ExitStack() as stack:
-        convolutions = torch.backends.cudnn.conv
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         stack.callback(setattr, convolutions, "fp32_precision", convolutions.fp32_precision)
         for case in CASES:
             source = folder / f"{case.name.split(',')[0].split()[0]}.ptx"

@@ -105,7 +105,7 @@ class Device:
             return 1
 
     def _allocation(self, data: int, size: int) -> None:
-        array = np.frombuffer((ctypes.c_uint8 * size).from_address(data), np.uint8)
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(data))
         self.buffers.append(ptxsim.poison(array))
 
     def call(self, operator: str, *arguments: Any) -> Any:
@@ -132,7 +132,7 @@ def extent(tensor: torch.Tensor) -> np.ndarray:
     """The bytes between a tensor's first and last element, whatever its strides."""
     count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     size = count * tensor.element_size()
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(tensor.data_ptr()), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(tensor.data_ptr()))
 
 
 @cache

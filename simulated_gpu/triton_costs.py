@@ -244,13 +244,13 @@ class Call:
 
 @contextlib.contextmanager
 def _float32_products(precision: str) -> Iterator[None]:
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision  # type: ignore[attr-defined]
-    conv.fp32_precision = precision  # type: ignore[attr-defined]
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = conv.fp32_precision
+    conv.fp32_precision = precision
     try:
         yield
     finally:
-        conv.fp32_precision = before  # type: ignore[attr-defined]
+        conv.fp32_precision = before
 
 
 def _calls() -> list[Call]:
@@ -366,7 +366,8 @@ def cost_table(cases: Iterable[Any]) -> str:
         torch.manual_seed(2407)
         # As large pictures are: channels are not spread over more programs for the sake of a small one. A case may change
         # how float32 is multiplied.
-        with mock.patch.object(common, "FILL", 1), _float32_products(torch.backends.cudnn.conv.fp32_precision):
+        precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        with mock.patch.object(common, "FILL", 1), _float32_products(precision):
             found = cuda_costs.cost_rows(case, device)
         print(*found, sep="\n", file=sys.stderr, flush=True)
         lines += found

@@ -21,7 +21,7 @@ WIDE_FROM = 1 << 30
 FILL = 1024  # programs that keep a large GPU busy (about 8 for each multiprocessor)
 
 
-def jit(function: Callable) -> Any:
+def jit(function: Callable[..., Any]) -> Any:
     """triton.jit without specialisation on argument values, so that a new image size or alignment compiles nothing."""
     parameters = inspect.signature(function).parameters.values()
     return triton.jit(function, do_not_specialize=[p.name for p in parameters if p.annotation is not tl.constexpr])
