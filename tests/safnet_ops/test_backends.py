@@ -49,6 +49,7 @@ def test_info_names_every_operator_and_every_missing_backend():
     for name in OPERATORS:
         assert name in text
     assert torch.__version__ in text
+    assert f"safnet-ops {safnet_ops.__version__}" in text
     assert "instruction sets" in text
     for backend in backends.BACKENDS:
         if not any(backends.serves(name, backend) for name in OPERATORS):
