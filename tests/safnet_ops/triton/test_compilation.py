@@ -88,7 +88,7 @@ def trying(monkeypatch):
 
         return run_twice
 
-    monkeypatch.setattr(ptxsim.triton_bridge._Driver, "get_benchmarker", benchmarker)
+    monkeypatch.setattr(ptxsim.triton_bridge.SimulatedDriver, "get_benchmarker", benchmarker)
     triton_costs.forget_tuning()
     yield
     triton_costs.forget_tuning()

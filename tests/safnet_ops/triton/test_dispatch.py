@@ -58,9 +58,9 @@ def test_broken_triton_is_reported_and_not_raised():
 
 def test_package_of_the_same_name_is_not_mistaken_for_triton():
     triton = pytest.importorskip("triton")
-    from safnet_ops.triton import common
+    from safnet_ops.triton import launching
 
-    assert common.triton is triton
+    assert launching.triton is triton
     assert triton.__name__ == "triton"
     assert hasattr(triton, "jit")
 
