@@ -21,7 +21,8 @@ def clamp_coordinate(position, move, size, ACC: tl.constexpr):
     last = size - 1
     clamped = tl.minimum(tl.maximum(moved, 0.0), last.to(ACC))  # maximum gives 0 for NaN
     lower = tl.minimum(clamped.to(tl.int32), last)  # above 2^24 `last` itself may have been rounded up
-    fraction = tl.where(is_nan, moved, clamped - lower.to(ACC))
+    # Not `clamped - lower.to(ACC)`, the same to the bit: Triton 3.6 fails to compile that conversion for float64.
+    fraction = tl.where(is_nan, moved, clamped - tl.floor(clamped))
     inside = is_nan | ((moved > 0.0) & (moved < last.to(ACC)))
     return lower.to(position.dtype), tl.minimum(lower + 1, last).to(position.dtype), fraction, inside
 

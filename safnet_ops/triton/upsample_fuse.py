@@ -83,12 +83,13 @@ def _forward(
     y_long = sample(flow_long, strides.flow_long, n, 1, point, valid, 1, ACC) * ratio_y
     pixel_mask_short = tl.sigmoid(sample(mask_short, strides.mask_short, n, 0, point, valid, 1, ACC))
     pixel_mask_long = tl.sigmoid(sample(mask_long, strides.mask_long, n, 0, point, valid, 1, ACC))
+    # Both flows are laid out alike, and both masks: one offset serves two stores.
     store_tile(full_flow_short, strides.full_flow_short, n, 0, y, x, x_short, valid)
     store_tile(full_flow_short, strides.full_flow_short, n, 1, y, x, y_short, valid)
-    store_tile(full_flow_long, strides.full_flow_long, n, 0, y, x, x_long, valid)
-    store_tile(full_flow_long, strides.full_flow_long, n, 1, y, x, y_long, valid)
+    store_tile(full_flow_long, strides.full_flow_short, n, 0, y, x, x_long, valid)
+    store_tile(full_flow_long, strides.full_flow_short, n, 1, y, x, y_long, valid)
     store_tile(full_mask_short, strides.full_mask_short, n, 0, y, x, pixel_mask_short, valid)
-    store_tile(full_mask_long, strides.full_mask_long, n, 0, y, x, pixel_mask_long, valid)
+    store_tile(full_mask_long, strides.full_mask_short, n, 0, y, x, pixel_mask_long, valid)
 
     to_short, _ = move_pixel(x_short, y_short, y, x, height, width, False, ACC)
     to_long, _ = move_pixel(x_long, y_long, y, x, height, width, False, ACC)
