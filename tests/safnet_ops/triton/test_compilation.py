@@ -26,6 +26,10 @@ CALLS = [
 ]
 
 
+def test_every_operator_is_called():
+    assert {call.operator for call in CALLS} == set(OPERATORS)
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """The names of the kernels that Triton compiles, in order."""

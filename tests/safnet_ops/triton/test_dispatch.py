@@ -111,6 +111,13 @@ def test_operators_agree_with_their_fakes():
             ),
         ),
     ]
+    registered = {name for operator in OPERATORS.values() for name in operator.registered}
+    assert {op.__name__ for op, _ in calls} == registered
     with ptxsim.triton_on_cpu():
         for op, arguments in calls:
             torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_operator_has_kernels():
+    kernels = pytest.importorskip("safnet_ops.triton").KERNELS
+    assert set(kernels) == {name for operator in OPERATORS.values() for name in operator.registered}
