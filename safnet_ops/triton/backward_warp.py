@@ -131,7 +131,7 @@ class ImageGradient:
     """Where a warp's image gradient is added up: in float32 (float64), or in integers where every bit must repeat.
 
     The integers count quanta of 2^-k. k is the largest with which no sum overflows 62 bits, even if all pixels of
-    a picture hit one target, so a gradient is exact to about 2^-40 of the largest incoming one at a million pixels.
+    a picture hit one target, so a gradient is exact to about 2^-40 of the largest in grad_out at a million pixels.
     """
 
     def __init__(self, image: Tensor, grad_out: Tensor, deterministic: bool):

@@ -33,7 +33,7 @@ def autotune(kernel: Any, configs: Sequence[triton.Config], key: Sequence[str], 
     """The kernel, tuned among `configs` once for each combination of dtypes and values of `key`.
 
     Tuning runs a kernel many times. What it adds to, the arguments named in `sums`, is zeroed before each run and
-    before the one that counts; Triton's own `reset_to_zero` does not allow for absent ones before 3.7.
+    before the one that counts; Triton's own `reset_to_zero` does not allow for absent ones before 3.8.
     """
 
     def zero(given: dict[str, Any], reset_only: bool = False) -> None:
@@ -44,8 +44,8 @@ def autotune(kernel: Any, configs: Sequence[triton.Config], key: Sequence[str], 
     return triton.autotune(list(configs), list(key), pre_hook=zero if sums else None)(kernel)
 
 
-def launch(operator: str, device: torch.device, kernel: Any, grid: Any, **arguments: Any) -> None:
-    """Run `kernel` on `device`; `grid` is a tuple or a function of the constexprs.
+def launch(operator: str, device: torch.device, kernel: Any, grid: Any, **values: Any) -> None:
+    """Run `kernel` on `device`; `grid` is a tuple or a function of the constexprs, `values` are arguments by name.
 
     Raises:
         RuntimeError: Triton cannot launch on that device.
@@ -54,10 +54,10 @@ def launch(operator: str, device: torch.device, kernel: Any, grid: Any, **argume
         raise RuntimeError(f"{operator}: backend 'triton' runs CUDA tensors, got device {str(device)!r}")
     if isinstance(kernel, triton.runtime.Autotuner) and torch.are_deterministic_algorithms_enabled():
         # Tuning may choose otherwise when the program runs again, and another tile sums in another order.
-        kernel, arguments = kernel.fn, arguments | kernel.configs[0].all_kwargs()
+        kernel, values = kernel.fn, values | kernel.configs[0].all_kwargs()
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Fusing a * b + c is what nvcc does too; Triton's own default is about to change.
-        kernel[grid](**arguments, enable_fp_fusion=True)
+        kernel[grid](**values, enable_fp_fusion=True)
 
 
 def _launches_on(device: torch.device) -> bool:
@@ -83,7 +83,9 @@ def _by_name(names: tuple[str, ...]) -> Any:
 
 def _encode_strides(tensor: Tensor | None) -> tuple[int, ...]:
     """Odd numbers of at least 3, which `tiles.stride` decodes, since Triton specialises 1 and multiples of 16 in tuples.
-    Nothing reads the strides of a tensor that is absent."""
+
+    Nothing reads the strides of a tensor that is absent.
+    """
     if tensor is None:
         return (3, 3, 3, 3)
     return tuple(

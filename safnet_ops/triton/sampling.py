@@ -66,8 +66,7 @@ def corner_offsets(point, strides):
 def load_corners(image, strides, n, c, point, valid, VECTOR: tl.constexpr, ACC: tl.constexpr):
     """The four pixels around a sampling point.
 
-    Offsets of channels are added to those of pixels, not the other way round: sums of rows and columns leave a loop over
-    channels.
+    Rows and columns are added first, then channels: their sums leave a loop over channels.
     """
     at = n * stride(strides, 0) + c * stride(strides, 1)
     at00, at01, at10, at11 = corner_offsets(point, strides)

@@ -91,7 +91,7 @@ def test_every_configuration_matches_the_reference(tuner, config, simulated, flo
 
 
 def test_zeroing_before_trials_allows_for_absent_sums():
-    """Triton's own, `reset_to_zero`, does not before 3.7; and the sums of a gradient that is not needed are None."""
+    """Triton's own, `reset_to_zero`, does not before 3.8; and the sums of a gradient that is not needed are None."""
     for tuner, _ in TUNED:
         assert not tuner.reset_to_zero
         tuner.pre_hook(dict.fromkeys(tuner.arg_names), reset_only=True)
