@@ -36,6 +36,21 @@ demo: $(VENV)/run.stamp
 test: $(VENV)/dev.stamp
 	$(RUN) pytest -m "not slow"
 
+# The Triton kernels' tests under one release of Triton, e.g. TRITON=3.9.0, in an environment of its own. Nothing is compiled
+# but kernels. Triton is installed last: a release of torch asks for one of its own, which is what this is to replace.
+TRITON ?= 3.5.0
+TRITON_VENV = .venv-triton-$(TRITON)
+
+.venv-triton-%/stamp:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" "numpy>=1.26,<3" "pytest>=8.3,<10" "hypothesis>=6.120,<7"
+	$(@D)/bin/python -m pip install --quiet "triton==$*"
+	touch $@
+
+.PHONY: test-triton
+test-triton: $(TRITON_VENV)/stamp
+	$(TRITON_VENV)/bin/python -m pytest -m "not slow" tests/safnet_ops/triton ptxsim/tests/test_triton.py
+
 # The CPU kernels under AddressSanitizer and UBSan: any finding ends the run. Left out are tests that compile, which would run
 # a compiler under them, and gradcheck and opcheck, which call the same kernels on the same shapes thousands of times more. -s lets the finding through.
 SANITIZED := build/sanitized
@@ -74,4 +89,4 @@ gpu:
 	$(PYTHON) -m tools.gpu $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) build dist demo safnet_ops/*.so safnet_ops/build_report.json
+	rm -rf $(VENV) .venv-triton-* build dist demo safnet_ops/*.so safnet_ops/build_report.json

@@ -2,10 +2,14 @@
 
 Triton's own JIT specialises and compiles the kernel; a driver that claims an sm_80 device hands the resulting PTX to the
 simulator instead of a GPU.  Neither ``ptxas`` nor a GPU is needed: the final (cubin) stage just passes the PTX on.
+
+Triton 3.4 to 3.9 differ in how a driver is kept and a tensor descriptor is taken apart; `_active_driver` and
+`_descriptor_parts` know how.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,19 +26,49 @@ _DEVICE = "ptxsim"
 _MAX_SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
 
 
-def _triton():
+def _check_triton() -> None:
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError as e:
         raise CompilerNotFound(f"Triton is not installed: {e}") from None
-    return triton
 
 
-def _pass_ptx_on(backend: Any = None, stages: Any = None, *_: Any):
-    """Triton stage hook: the binary of a kernel is its PTX text.  Without arguments: (key, hash) for the caches."""
-    if stages is None:
-        return "ptxsim", "ptxsim"
-    stages["cubin"] = lambda ptx, metadata: ptx.encode() if isinstance(ptx, str) else ptx
+@functools.cache
+def _ptx_backend() -> Any:
+    """Triton's NVIDIA backend, whose binary of a kernel is the PTX text; its hash keeps these out of the GPU's cache."""
+    from triton.backends import backends
+
+    nvidia = backends["nvidia"]
+    compiler: Any = nvidia.compiler
+
+    class PtxBackend(compiler):
+        def add_stages(self, stages: Any, *args: Any) -> None:
+            super().add_stages(stages, *args)
+            stages["cubin"] = lambda ptx, metadata: ptx.encode() if isinstance(ptx, str) else ptx
+
+        def hash(self) -> str:
+            return f"{super().hash()}-ptxsim"
+
+    return replace(nvidia, compiler=PtxBackend)
+
+
+def _active_driver() -> Any:
+    """The driver in force, or None where none was asked for yet: asking Triton for it would look for a GPU."""
+    from triton.runtime import driver
+
+    held = vars(driver)
+    return held["_active"] if "_active" in held else held["active"]
+
+
+def _descriptor_parts(descriptor: Any) -> list[Any]:
+    """What a kernel compiled for a GPU without TMA takes in place of a tensor descriptor."""
+    try:
+        from triton.backends.driver import decompose_descriptor
+    except ImportError:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        return make_tensordesc_arg(descriptor, None)
+    return decompose_descriptor(descriptor)
 
 
 class _Utils:
@@ -64,7 +98,7 @@ class _Utils:
         pass
 
 
-class _Driver:
+class SimulatedDriver:
     """A Triton driver whose device is the simulator."""
 
     def __init__(self, cc: int):
@@ -136,7 +170,8 @@ class _Launcher:
         if min(grid) == 0:
             return
         blocks = grid_x * grid_y * grid_z
-        for size in (self.metadata.global_scratch_size, self.metadata.profile_scratch_size):
+        for scratch in ("global_scratch_size", "profile_scratch_size"):
+            size = getattr(self.metadata, scratch, 0)
             values.append(np.zeros(blocks * size, np.uint8) if size else None)
         values = values[: len(program.params)]
         if len(values) != len(program.params):
@@ -156,13 +191,11 @@ class _Launcher:
 
 def _flatten(values: Any, types: Any) -> Iterator[Any]:
     """Launch values as kernel parameters: constexprs dropped, tuples and tensor descriptors expanded."""
-    from triton.backends.driver import decompose_descriptor
-
     for value, ty in zip(values, types):
         if isinstance(ty, tuple):
             yield from _flatten(value, ty)
         elif ty.startswith("tensordesc"):
-            yield from decompose_descriptor(value)
+            yield from _descriptor_parts(value)
         elif ty in _FLOATS:
             yield _FLOATS[ty](value)
         elif ty != "constexpr":
@@ -206,21 +239,22 @@ def triton_on_cpu(cc: int = 80, poison_empty: bool = False) -> Iterator[None]:
     ``torch.empty`` return poisoned tensors, so that kernels which read unwritten outputs are found.  Combine with
     :func:`ptxsim.options` to choose checks, statistics or a schedule seed.
     """
-    triton = _triton()
+    _check_triton()
+    from triton.backends import backends
     from triton.runtime import driver
 
-    previous, hook = driver._active, triton.knobs.runtime.add_stages_inspection_hook
-    driver.set_active(_drivers.setdefault(cc, _Driver(cc)))
-    triton.knobs.runtime.add_stages_inspection_hook = _pass_ptx_on
+    previous, nvidia = _active_driver(), backends["nvidia"]
+    driver.set_active(_drivers.setdefault(cc, SimulatedDriver(cc)))
+    backends["nvidia"] = _ptx_backend()
     try:
         with _poisoned_empty() if poison_empty else nullcontext():
             yield
     finally:
-        driver._active = previous
-        triton.knobs.runtime.add_stages_inspection_hook = hook
+        driver.set_active(previous)
+        backends["nvidia"] = nvidia
 
 
-_drivers: dict[int, _Driver] = {}
+_drivers: dict[int, SimulatedDriver] = {}
 
 
 def run_triton(kernel: Any, grid: Any, *args: Any, cc: int = 80, **meta: Any) -> Launch:

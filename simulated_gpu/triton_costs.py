@@ -36,7 +36,7 @@ from operator_inputs import (
 )
 from ptxsim import triton_bridge
 from safnet_ops.operators import OPERATORS
-from safnet_ops.triton import common
+from safnet_ops.triton import launching
 from simulated_gpu import cuda_costs
 
 ARCHITECTURES = (80, 90, 100)
@@ -84,7 +84,7 @@ class Resources:
         return f"{self.registers} + {self.stack} B spilled" if self.stack else str(self.registers)
 
 
-class _Recorder(triton_bridge._Driver):
+class _Recorder(triton_bridge.SimulatedDriver):
     """A driver that notes what is launched and runs nothing; with `all_configurations`, autotuning tries every one."""
 
     def __init__(self, all_configurations: bool):
@@ -316,7 +316,7 @@ def register_rows(pattern: str) -> list[Row]:
             continue
         print(f"compiling {call.name}", file=sys.stderr, flush=True)
         for wide in (False, True) if call.dtype == torch.float32 and call.exact else (False,):
-            limit = mock.patch.object(common, "WIDE_FROM", 0) if wide else contextlib.nullcontext()
+            limit = mock.patch.object(launching, "WIDE_FROM", 0) if wide else contextlib.nullcontext()
             with limit, recording(all_configurations=call.in_every_configuration and not wide) as kernels:
                 call()
             for kernel in kernels.values():
@@ -367,7 +367,7 @@ def cost_table(cases: Iterable[Any]) -> str:
         # As large pictures are: channels are not spread over more programs for the sake of a small one. A case may change
         # how float32 is multiplied.
         precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        with mock.patch.object(common, "FILL", 1), _float32_products(precision):
+        with mock.patch.object(launching, "FILL", 1), _float32_products(precision):
             found = cuda_costs.cost_rows(case, device)
         print(*found, sep="\n", file=sys.stderr, flush=True)
         lines += found

@@ -11,32 +11,24 @@ import triton.language as tl
 from torch import Tensor
 
 from safnet_ops.checks import empty_gradient, empty_image
-from safnet_ops.operators import is_needed
-from safnet_ops.triton.common import (
+from safnet_ops.operators import OPERATORS
+from safnet_ops.triton.launching import (
     accumulator,
+    arguments,
+    autotune,
     channel_block,
     channel_splits,
     compute_type,
-    interpolate,
     jit,
     launch,
-    load_corners,
     needs_wide,
-    offset,
-    over_channels,
-    over_pixels,
-    pixel_block,
-    sampling_point,
-    scatter_corners,
     size_class,
-    slopes,
-    stride,
-    strides,
-    sum_channels,
     vector_length,
-    vectors,
-    with_strides,
 )
+from safnet_ops.triton.sampling import load_corners, sample, sampling_point, scatter_corners, slopes
+from safnet_ops.triton.tiles import offset, over_channels, over_pixels, pixel_block, stride, sum_channels, vectors
+
+OPERATOR = OPERATORS["backward_warp"]
 
 # Planar: one pixel (of four channels) a thread. Gathers gain nothing from wider threads, whose lanes lie further
 # apart in memory.
@@ -49,11 +41,9 @@ KEY = ["scale_class", "BLOCK_C", "VECTOR"]
 @jit
 def _forward(
     image,
-    image_strides,
     flow,
-    flow_strides,
     out,
-    out_strides,
+    strides,
     channels,
     height,
     width,
@@ -68,36 +58,28 @@ def _forward(
 ):
     BLOCK: tl.constexpr = TILE // BLOCK_C if CHANNELS_LAST else TILE
     n, y, x, valid = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
-    top, bottom, left, right, fraction_x, fraction_y, _, _ = sampling_point(
-        flow, flow_strides, n, y, x, valid, height, width, CHANNELS_LAST, ACC
-    )
-    target = out + over_channels(offset(n, 0, y, x, out_strides), CHANNELS_LAST)
+    point, _ = sampling_point(flow, strides.flow, n, y, x, valid, height, width, CHANNELS_LAST, ACC)
+    target = out + over_channels(offset(n, 0, y, x, strides.out), CHANNELS_LAST)
     valid = over_channels(valid, CHANNELS_LAST)
     first = tl.program_id(1) * channel_blocks * BLOCK_C
     end = tl.minimum(first + channel_blocks * BLOCK_C, channels // VECTOR * VECTOR)
     for block in range(first, end, BLOCK_C):
         c = over_pixels(block + tl.arange(0, BLOCK_C), CHANNELS_LAST).to(n.dtype)
         mask = valid & (c < end)
-        at = n * stride(image_strides, 0) + c * stride(image_strides, 1)
-        v00, v01, v10, v11 = load_corners(image, at, top, bottom, left, right, image_strides, mask, VECTOR, ACC)
-        value = interpolate(v00, v01, v10, v11, fraction_x, fraction_y)
-        tl.store(vectors(target, c * stride(out_strides, 1), VECTOR), value.to(out.dtype.element_ty), mask=mask)
+        value = sample(image, strides.image, n, c, point, mask, VECTOR, ACC)
+        tl.store(vectors(target, c * stride(strides.out, 1), VECTOR), value.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
 def _backward(
-    grad,
-    grad_strides,
+    grad_out,
     image,
-    image_strides,
     flow,
-    flow_strides,
-    image_sums,
-    image_exact,
-    sums_strides,
+    grad_image,
+    grad_image_exact,
+    grad_flow,
+    strides,
     scale,
-    flow_grad,
-    flow_grad_strides,
     channels,
     height,
     width,
@@ -113,12 +95,11 @@ def _backward(
     BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """The image's gradient is added to `grad_image`, or to `grad_image_exact` in quanta of 1 / scale."""
     BLOCK: tl.constexpr = TILE // BLOCK_C if CHANNELS_LAST else TILE
     n, y, x, valid_pixel = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
-    top, bottom, left, right, fraction_x, fraction_y, inside_x, inside_y = sampling_point(
-        flow, flow_strides, n, y, x, valid_pixel, height, width, CHANNELS_LAST, ACC
-    )
-    source = grad + over_channels(offset(n, 0, y, x, grad_strides), CHANNELS_LAST)
+    point, inside = sampling_point(flow, strides.flow, n, y, x, valid_pixel, height, width, CHANNELS_LAST, ACC)
+    source = grad_out + over_channels(offset(n, 0, y, x, strides.grad_out), CHANNELS_LAST)
     valid = over_channels(valid_pixel, CHANNELS_LAST)
     quanta = tl.load(scale) if DETERMINISTIC else 0.0
     slope_x = tl.zeros([BLOCK], ACC)
@@ -128,59 +109,43 @@ def _backward(
     for block in range(first, end, BLOCK_C):
         c = over_pixels(block + tl.arange(0, BLOCK_C), CHANNELS_LAST).to(n.dtype)
         mask = valid & (c < end)
-        g = tl.load(source + c * stride(grad_strides, 1), mask=mask, other=0.0).to(ACC)
+        g = tl.load(source + c * stride(strides.grad_out, 1), mask=mask, other=0.0).to(ACC)
         if NEED_FLOW:
-            at = n * stride(image_strides, 0) + c * stride(image_strides, 1)
-            v00, v01, v10, v11 = load_corners(image, at, top, bottom, left, right, image_strides, mask, VECTOR, ACC)
-            across, down = slopes(v00, v01, v10, v11, fraction_x, fraction_y)
+            corners = load_corners(image, strides.image, n, c, point, mask, VECTOR, ACC)
+            across, down = slopes(corners, point)
             slope_x += sum_channels(tl.where(mask, g * across, 0.0), CHANNELS_LAST)
             slope_y += sum_channels(tl.where(mask, g * down, 0.0), CHANNELS_LAST)
         if NEED_IMAGE:
-            at = n * stride(sums_strides, 0) + c * stride(sums_strides, 1)
             scatter_corners(
-                *(
-                    image_sums,
-                    image_exact,
-                    at,
-                    top,
-                    bottom,
-                    left,
-                    right,
-                    fraction_x,
-                    fraction_y,
-                    sums_strides,
-                    g,
-                    quanta,
-                    mask,
-                ),
-                DETERMINISTIC,
+                grad_image, grad_image_exact, strides.grad_image, n, c, point, g, quanta, mask, DETERMINISTIC
             )
     if NEED_FLOW:
-        at = flow_grad + offset(n, 0, y, x, flow_grad_strides)
-        kind: tl.constexpr = flow_grad.dtype.element_ty
+        inside_x, inside_y = inside
+        at = grad_flow + offset(n, 0, y, x, strides.grad_flow)
+        kind: tl.constexpr = grad_flow.dtype.element_ty
         tl.store(at, tl.where(inside_x, slope_x, 0.0).to(kind), mask=valid_pixel)
-        tl.store(at + stride(flow_grad_strides, 1), tl.where(inside_y, slope_y, 0.0).to(kind), mask=valid_pixel)
+        tl.store(at + stride(strides.grad_flow, 1), tl.where(inside_y, slope_y, 0.0).to(kind), mask=valid_pixel)
 
 
 class ImageGradient:
     """Where a warp's image gradient is added up: in float32 (float64), or in integers where every bit must repeat.
 
     The integers count quanta of 2^-k. k is the largest with which no sum overflows 62 bits, even if all pixels of
-    a picture hit one target, so a gradient is exact to about 2^-40 of the largest incoming one at a million pixels.
+    a picture hit one target, so a gradient is exact to about 2^-40 of the largest in grad_out at a million pixels.
     """
 
-    def __init__(self, image: Tensor, incoming: Tensor, deterministic: bool):
+    def __init__(self, image: Tensor, grad_out: Tensor, deterministic: bool):
         self.image = image
         kind = compute_type(image)
         self.sums = empty_image(image, dtype=kind).zero_()
         self.exact = empty_image(image, dtype=torch.int64).zero_() if deterministic else None
-        self.scale = self._scale(incoming) if deterministic else None
+        self.scale = self._scale(grad_out) if deterministic else None
 
-    def _scale(self, incoming: Tensor) -> Tensor:
+    def _scale(self, grad_out: Tensor) -> Tensor:
         """2^k, as a tensor: reading it here would wait for the device."""
-        largest = torch.nan_to_num(incoming, 0.0, 0.0, 0.0).to(torch.float64).abs().amax()
+        largest = torch.nan_to_num(grad_out, 0.0, 0.0, 0.0).to(torch.float64).abs().amax()
         exponent = torch.frexp(largest).exponent
-        bits = 61 - max(incoming.shape[2] * incoming.shape[3], 2).bit_length()
+        bits = 61 - max(grad_out.shape[2] * grad_out.shape[3], 2).bit_length()
         return torch.ldexp(torch.ones_like(largest), (bits - exponent).clamp(max=1000))
 
     def result(self) -> Tensor:
@@ -190,12 +155,9 @@ class ImageGradient:
 
 
 _configs = {False: PLANAR, True: INTERLEAVED}
-_tuned_forward = {last: triton.autotune(configs, KEY)(_forward) for last, configs in _configs.items()}
-# Tuning runs a kernel many times: what it adds to is zeroed before each run, the last one included.
+_tuned_forward = {last: autotune(_forward, configs, KEY) for last, configs in _configs.items()}
 _tuned_backward = {
-    last: triton.autotune(configs, [*KEY, "NEED_IMAGE", "NEED_FLOW"], reset_to_zero=["image_sums", "image_exact"])(
-        _backward
-    )
+    last: autotune(_backward, configs, [*KEY, "NEED_IMAGE", "NEED_FLOW"], sums=["grad_image", "grad_image_exact"])
     for last, configs in _configs.items()
 }
 
@@ -232,51 +194,48 @@ def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     grid, switches = _tiling(image, (image, out), split=True)
-    tensors = (image, flow, out)
-    wide = needs_wide(*tensors)
-    kernel = _tuned_forward[switches["CHANNELS_LAST"]]
-    launch("backward_warp", image.device, kernel, grid, *with_strides(*tensors), **switches, WIDE=wide)
+    kernel, wide = _tuned_forward[switches["CHANNELS_LAST"]], needs_wide(image, flow, out)
+    tensors = arguments(image=image, flow=flow, out=out)
+    launch("backward_warp", image.device, kernel, grid, **tensors, **switches, WIDE=wide)
     return out
 
 
 def backward_warp_backward(
-    grad: Tensor, image: Tensor, flow: Tensor, needs: int, deterministic: bool
+    grad_out: Tensor, image: Tensor, flow: Tensor, needs: int, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    need_image, need_flow = is_needed(needs, 0), is_needed(needs, 1)
-    flow_grad = empty_gradient(flow, need_flow)
+    need_image, need_flow = (bool(needs & OPERATOR.bit(name)) for name in ("image", "flow"))
+    grad_flow = empty_gradient(flow, need_flow)
     if image.numel() == 0 or not (need_image or need_flow):
-        return empty_gradient(image, need_image), flow_grad.zero_()
-    total = ImageGradient(image, grad, deterministic) if need_image else None
-    backpropagate(grad, image, flow, total, flow_grad if need_flow else None)
-    return total.result() if total is not None else empty_gradient(image, False), flow_grad
+        return empty_gradient(image, need_image), grad_flow.zero_()
+    total = ImageGradient(image, grad_out, deterministic) if need_image else None
+    backpropagate(grad_out, image, flow, total, grad_flow if need_flow else None)
+    return total.result() if total is not None else empty_gradient(image, False), grad_flow
 
 
 def backpropagate(
-    grad: Tensor,
+    grad_out: Tensor,
     image: Tensor,
     flow: Tensor,
     total: ImageGradient | None,
-    flow_grad: Tensor | None,
+    grad_flow: Tensor | None,
     operator: str = "backward_warp",
 ) -> None:
-    """Add the image's gradient to `total` and write `flow_grad`; either may be None."""
-    sums = None if total is None else total.sums
-    exact = None if total is None else total.exact
-    grid, switches = _tiling(image, (image,), split=flow_grad is None)
-    tensors = (
-        *with_strides(grad, image, flow),
-        *(sums, exact, strides(image if sums is None else sums), None if total is None else total.scale),
-        *with_strides(flow_grad),
+    """Add the image's gradient to `total` and write `grad_flow`; either may be None."""
+    sums, exact, scale = (None, None, None) if total is None else (total.sums, total.exact, total.scale)
+    grid, switches = _tiling(image, (image,), split=grad_flow is None)
+    tensors = arguments(
+        grad_out=grad_out, image=image, flow=flow, grad_image=sums, grad_image_exact=exact, grad_flow=grad_flow
     )
     launch(
         operator,
         image.device,
         _tuned_backward[switches["CHANNELS_LAST"]],
         grid,
-        *tensors,
+        **tensors,
+        scale=scale,
         **switches,
-        WIDE=needs_wide(grad, image, flow, sums),
+        WIDE=needs_wide(grad_out, image, flow, sums),
         NEED_IMAGE=total is not None,
-        NEED_FLOW=flow_grad is not None,
+        NEED_FLOW=grad_flow is not None,
         DETERMINISTIC=exact is not None,
     )

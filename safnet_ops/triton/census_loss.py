@@ -12,17 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from safnet_ops.checks import empty_image
-from safnet_ops.triton.common import (
+from safnet_ops.triton.launching import (
     accumulator,
+    arguments,
+    autotune,
     compute_type,
     jit,
     launch,
     needs_wide,
-    offset,
-    pixel_block,
     size_class,
-    with_strides,
 )
+from safnet_ops.triton.tiles import load_tile, pixel_block, store_tile
 
 SOFTNESS = tl.constexpr(0.81)  # as in safnet_ops.reference
 KNEE = tl.constexpr(0.1)
@@ -35,9 +35,8 @@ KEY = ["scale_class", "PATCH"]
 @jit
 def _grey(
     prediction,
-    prediction_strides,
     target,
-    target_strides,
+    strides,
     grey_prediction,
     grey_target,
     channels,
@@ -51,8 +50,8 @@ def _grey(
     n, y, x, valid = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
     sum_prediction, sum_target = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for c in range(channels):
-        sum_prediction += tl.load(prediction + offset(n, c, y, x, prediction_strides), mask=valid, other=0.0).to(ACC)
-        sum_target += tl.load(target + offset(n, c, y, x, target_strides), mask=valid, other=0.0).to(ACC)
+        sum_prediction += load_tile(prediction, strides.prediction, n, c, y, x, valid, ACC)
+        sum_target += load_tile(target, strides.target, n, c, y, x, valid, ACC)
     at = (n * height + y) * width + x
     tl.store(grey_prediction + at, sum_prediction / channels.to(ACC), mask=valid)
     tl.store(grey_target + at, sum_target / channels.to(ACC), mask=valid)
@@ -109,8 +108,8 @@ def _backward(
     grey_prediction,
     grey_target,
     scale,
-    prediction_grad,
-    prediction_grad_strides,
+    grad_prediction,
+    strides,
     channels,
     height,
     width,
@@ -135,13 +134,13 @@ def _backward(
         # d distance / d difference, times d normalised / d d; the own pixel enters d with a minus sign.
         slope = 2 * KNEE * difference / (bounded * bounded) * (SOFTNESS * root * root * root)
         total -= tl.where(use, count.to(ACC) * slope, 0.0)
-    value = (total * tl.load(scale)).to(prediction_grad.dtype.element_ty)
+    value = (total * tl.load(scale)).to(grad_prediction.dtype.element_ty)
     for c in range(channels):
-        tl.store(prediction_grad + offset(n, c, y, x, prediction_grad_strides), value, mask=valid)
+        store_tile(grad_prediction, strides.grad_prediction, n, c, y, x, value, valid)
 
 
-_tuned_forward = triton.autotune(CONFIGS, KEY)(_forward)
-_tuned_backward = triton.autotune(CONFIGS, KEY)(_backward)
+_tuned_forward = autotune(_forward, CONFIGS, KEY)
+_tuned_backward = autotune(_backward, CONFIGS, KEY)
 
 
 def census_loss(prediction: Tensor, target: Tensor, patch_size: int, deterministic: bool) -> Tensor:
@@ -158,7 +157,12 @@ def census_loss(prediction: Tensor, target: Tensor, patch_size: int, determinist
         prediction.device,
         _tuned_forward,
         lambda meta: (n * triton.cdiv(height * width, meta["BLOCK"]),),
-        *(greys[0], greys[1], sums, height, width, size_class(n * height * width)),
+        grey_prediction=greys[0],
+        grey_target=greys[1],
+        partial_sums=sums,
+        height=height,
+        width=width,
+        scale_class=size_class(n * height * width),
         ACC=accumulator(prediction),
         WIDE=needs_wide(prediction, target, greys[0]),
         PATCH=patch_size,
@@ -167,26 +171,33 @@ def census_loss(prediction: Tensor, target: Tensor, patch_size: int, determinist
 
 
 def census_loss_backward(
-    grad: Tensor, prediction: Tensor, target: Tensor, patch_size: int, deterministic: bool
+    grad_out: Tensor, prediction: Tensor, target: Tensor, patch_size: int, deterministic: bool
 ) -> Tensor:
     n, channels, height, width = prediction.shape
-    found = empty_image(prediction)
-    if found.numel() == 0:
-        return found
+    grad_prediction = empty_image(prediction)
+    if grad_prediction.numel() == 0:
+        return grad_prediction
     greys = _grey_planes(prediction, target)
-    # As a tensor, since reading the incoming gradient here would wait for the device.
-    scale = grad.to(greys.dtype) / (patch_size**2 * n * height * width * channels)
+    # As a tensor, since reading grad_out here would wait for the device.
+    scale = grad_out.to(greys.dtype) / (patch_size**2 * n * height * width * channels)
     launch(
         "census_loss",
         prediction.device,
         _tuned_backward,
         lambda meta: (n * triton.cdiv(height * width, meta["BLOCK"]),),
-        *(greys[0], greys[1], scale, *with_strides(found), channels, height, width, size_class(n * height * width)),
+        **arguments(grad_prediction=grad_prediction),
+        grey_prediction=greys[0],
+        grey_target=greys[1],
+        scale=scale,
+        channels=channels,
+        height=height,
+        width=width,
+        scale_class=size_class(n * height * width),
         ACC=accumulator(prediction),
-        WIDE=needs_wide(prediction, target, found),
+        WIDE=needs_wide(prediction, target, grad_prediction),
         PATCH=patch_size,
     )
-    return found
+    return grad_prediction
 
 
 def _grey_planes(prediction: Tensor, target: Tensor) -> Tensor:
@@ -198,8 +209,12 @@ def _grey_planes(prediction: Tensor, target: Tensor) -> Tensor:
         prediction.device,
         _grey,
         (n * triton.cdiv(height * width, 256),),
-        *with_strides(prediction, target),
-        *(greys[0], greys[1], channels, height, width),
+        **arguments(prediction=prediction, target=target),
+        grey_prediction=greys[0],
+        grey_target=greys[1],
+        channels=channels,
+        height=height,
+        width=width,
         ACC=accumulator(prediction),
         WIDE=needs_wide(prediction, target, greys),
         BLOCK=256,

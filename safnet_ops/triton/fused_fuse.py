@@ -11,290 +11,232 @@ import triton.language as tl
 from torch import Tensor
 
 from safnet_ops.checks import empty_gradient, empty_image
+from safnet_ops.operators import OPERATORS
 from safnet_ops.triton.backward_warp import ImageGradient, backpropagate
-from safnet_ops.triton.common import (
+from safnet_ops.triton.fusion import fuse, reweigh, triangle_weights
+from safnet_ops.triton.launching import (
     accumulator,
+    arguments,
+    autotune,
     channel_block,
     compute_type,
-    interpolate,
     jit,
     launch,
-    load_corners,
     needs_wide,
-    offset,
-    over_channels,
-    over_pixels,
-    pixel_block,
-    sampling_point,
-    scatter_corners,
     size_class,
-    slopes,
-    stride,
-    sum_channels,
-    with_strides,
 )
-from safnet_ops.triton.fusion import fuse, reweigh, triangle_weights
+from safnet_ops.triton.sampling import sample, sample_with_slopes, sampling_point, scatter_corners
+from safnet_ops.triton.tiles import load_tile, over_channels, over_pixels, pixel_block, store_tile, sum_channels
 
 # One pixel a thread, with its gathers from all (up to four) channels in flight at once. A channels_last picture is read
 # in the same way: its three channels share sectors, which stay in L1.
 CONFIGS = [triton.Config({"BLOCK": 128}, num_warps=4), triton.Config({"BLOCK": 64}, num_warps=2)]
 
-
-@triton.jit
-def _load(tensor, strides, n, c, y, x, mask, ACC: tl.constexpr):
-    """A tile of a picture at the program's own pixels; rows and columns come as tiles with one channel."""
-    return tl.load(tensor + offset(n, c, y, x, strides), mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _store(tensor, strides, n, c, y, x, value, mask):
-    tl.store(tensor + offset(n, c, y, x, strides), value.to(tensor.dtype.element_ty), mask=mask)
+OPERATOR = OPERATORS["fused_fuse"]
+SHORT, REFERENCE, LONG = (tl.constexpr(OPERATOR.bit(name)) for name in ("short", "reference", "long"))
+FLOW_SHORT, FLOW_LONG = (tl.constexpr(OPERATOR.bit(name)) for name in ("flow_short", "flow_long"))
+MASK_SHORT, MASK_LONG = (tl.constexpr(OPERATOR.bit(name)) for name in ("mask_short", "mask_long"))
+REFERENCE_LDR = tl.constexpr(OPERATOR.bit("reference_ldr"))
+WEIGHT_SHORT = tl.constexpr(OPERATOR.bit("weight_short"))
+WEIGHT_REFERENCE = tl.constexpr(OPERATOR.bit("weight_reference"))
+WEIGHT_LONG = tl.constexpr(OPERATOR.bit("weight_long"))
 
 
 @triton.jit
 def _load_mask(mask, strides, n, y, x, valid, LOGITS: tl.constexpr, ACC: tl.constexpr):
     """A mask at the pixels, in [0, 1]."""
-    value = tl.load(mask + offset(n, 0, y, x, strides), mask=valid, other=0.0).to(ACC)
+    value = load_tile(mask, strides, n, 0, y, x, valid, ACC)
     return tl.sigmoid(value) if LOGITS else value
+
+
+@triton.jit
+def _store_flow_gradient(grad_flow, strides, n, y, x, slope_x, slope_y, inside, valid):
+    inside_x, inside_y = inside
+    store_tile(grad_flow, strides, n, 0, y, x, tl.where(inside_x, slope_x, 0.0), valid)
+    store_tile(grad_flow, strides, n, 1, y, x, tl.where(inside_y, slope_y, 0.0), valid)
+
+
+@triton.jit
+def _store_mask_gradient(grad_mask, strides, n, y, x, found, mask, valid, LOGITS: tl.constexpr):
+    found *= mask * (1 - mask) if LOGITS else 1.0
+    store_tile(grad_mask, strides, n, 0, y, x, found, valid)
 
 
 @jit
 def _forward(
     short,
-    short_strides,
     reference,
-    reference_strides,
     long,
-    long_strides,
     flow_short,
-    flow_short_strides,
     flow_long,
-    flow_long_strides,
     mask_short,
-    mask_short_strides,
     mask_long,
-    mask_long_strides,
-    base0,
-    base0_strides,
-    base1,
-    base1_strides,
-    base2,
-    base2_strides,
+    reference_ldr,
+    weight_short,
+    weight_reference,
+    weight_long,
     out,
-    out_strides,
+    strides,
     channels,
     height,
     width,
     scale_class,
-    EXPLICIT: tl.constexpr,
     LOGITS: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`base0` is the reference's LDR value, or with EXPLICIT `base0` to `base2` are the weights."""
     n, y, x, valid = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
-    top_s, bottom_s, left_s, right_s, fx_s, fy_s, _, _ = sampling_point(
-        flow_short, flow_short_strides, n, y, x, valid, height, width, False, ACC
-    )
-    top_l, bottom_l, left_l, right_l, fx_l, fy_l, _, _ = sampling_point(
-        flow_long, flow_long_strides, n, y, x, valid, height, width, False, ACC
-    )
-    trust_s = over_channels(_load_mask(mask_short, mask_short_strides, n, y, x, valid, LOGITS, ACC), False)
-    trust_l = over_channels(_load_mask(mask_long, mask_long_strides, n, y, x, valid, LOGITS, ACC), False)
+    to_short, _ = sampling_point(flow_short, strides.flow_short, n, y, x, valid, height, width, False, ACC)
+    to_long, _ = sampling_point(flow_long, strides.flow_long, n, y, x, valid, height, width, False, ACC)
+    m_short = over_channels(_load_mask(mask_short, strides.mask_short, n, y, x, valid, LOGITS, ACC), False)
+    m_long = over_channels(_load_mask(mask_long, strides.mask_long, n, y, x, valid, LOGITS, ACC), False)
     valid = over_channels(valid, False)
     y, x = over_channels(y, False), over_channels(x, False)
     for first in range(0, channels, BLOCK_C):
         c = over_pixels(first + tl.arange(0, BLOCK_C), False).to(n.dtype)
         mask = valid & (c < channels)
-        at = n * stride(short_strides, 0) + c * stride(short_strides, 1)
-        v00, v01, v10, v11 = load_corners(short, at, top_s, bottom_s, left_s, right_s, short_strides, mask, 1, ACC)
-        warped_short = interpolate(v00, v01, v10, v11, fx_s, fy_s)
-        at = n * stride(long_strides, 0) + c * stride(long_strides, 1)
-        v00, v01, v10, v11 = load_corners(long, at, top_l, bottom_l, left_l, right_l, long_strides, mask, 1, ACC)
-        warped_long = interpolate(v00, v01, v10, v11, fx_l, fy_l)
-        still = _load(reference, reference_strides, n, c, y, x, mask, ACC)
-        base_s = _load(base0, base0_strides, n, c, y, x, mask, ACC)
-        if EXPLICIT:
-            base_r = _load(base1, base1_strides, n, c, y, x, mask, ACC)
-            base_l = _load(base2, base2_strides, n, c, y, x, mask, ACC)
+        v_short = sample(short, strides.short, n, c, to_short, mask, 1, ACC)
+        v_long = sample(long, strides.long, n, c, to_long, mask, 1, ACC)
+        v_reference = load_tile(reference, strides.reference, n, c, y, x, mask, ACC)
+        if reference_ldr is None:
+            base_short = load_tile(weight_short, strides.weight_short, n, c, y, x, mask, ACC)
+            base_reference = load_tile(weight_reference, strides.weight_reference, n, c, y, x, mask, ACC)
+            base_long = load_tile(weight_long, strides.weight_long, n, c, y, x, mask, ACC)
         else:
-            base_s, base_r, base_l = triangle_weights(base_s)
-        fused = fuse(warped_short, still, warped_long, base_s, base_r, base_l, trust_s, trust_l)
-        _store(out, out_strides, n, c, y, x, fused, mask)
+            z = load_tile(reference_ldr, strides.reference_ldr, n, c, y, x, mask, ACC)
+            base_short, base_reference, base_long = triangle_weights(z)
+        fused = fuse(v_short, v_reference, v_long, base_short, base_reference, base_long, m_short, m_long)
+        store_tile(out, strides.out, n, c, y, x, fused, mask)
 
 
 @jit
 def _backward(
-    grad,
-    grad_strides,
+    grad_out,
     short,
-    short_strides,
     reference,
-    reference_strides,
     long,
-    long_strides,
     flow_short,
-    flow_short_strides,
     flow_long,
-    flow_long_strides,
     mask_short,
-    mask_short_strides,
     mask_long,
-    mask_long_strides,
-    base0,
-    base0_strides,
-    base1,
-    base1_strides,
-    base2,
-    base2_strides,
-    short_sums,
-    short_sums_strides,
-    reference_grad,
-    reference_grad_strides,
-    long_sums,
-    long_sums_strides,
-    flow_short_grad,
-    flow_short_grad_strides,
-    flow_long_grad,
-    flow_long_grad_strides,
-    mask_short_grad,
-    mask_short_grad_strides,
-    mask_long_grad,
-    mask_long_grad_strides,
-    base0_grad,
-    base0_grad_strides,
-    base1_grad,
-    base1_grad_strides,
-    base2_grad,
-    base2_grad_strides,
+    reference_ldr,
+    weight_short,
+    weight_reference,
+    weight_long,
+    grad_short,
+    grad_reference,
+    grad_long,
+    grad_flow_short,
+    grad_flow_long,
+    grad_mask_short,
+    grad_mask_long,
+    grad_reference_ldr,
+    grad_weight_short,
+    grad_weight_reference,
+    grad_weight_long,
+    strides,
     channels,
     height,
     width,
     scale_class,
     NEEDS: tl.constexpr,
     SCATTER: tl.constexpr,
-    EXPLICIT: tl.constexpr,
     LOGITS: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """NEEDS has one bit for each input, as in the operator; loads that only serve other gradients are dropped by
-    the compiler.
+    """NEEDS has the operator's bits; loads that only serve other gradients are dropped by the compiler.
 
-    Without SCATTER, `short_sums` and `long_sums` receive the gradients of the warped images, to be scattered
-    afterwards.
+    Without SCATTER, `grad_short` and `grad_long` receive the gradients of the warped images, to be scattered afterwards.
     """
-    n, y_pixel, x_pixel, valid_pixel = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
-    top_s, bottom_s, left_s, right_s, fx_s, fy_s, inside_x_s, inside_y_s = sampling_point(
-        flow_short, flow_short_strides, n, y_pixel, x_pixel, valid_pixel, height, width, False, ACC
+    n, row, column, valid = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
+    to_short, inside_short = sampling_point(
+        flow_short, strides.flow_short, n, row, column, valid, height, width, False, ACC
     )
-    top_l, bottom_l, left_l, right_l, fx_l, fy_l, inside_x_l, inside_y_l = sampling_point(
-        flow_long, flow_long_strides, n, y_pixel, x_pixel, valid_pixel, height, width, False, ACC
+    to_long, inside_long = sampling_point(
+        flow_long, strides.flow_long, n, row, column, valid, height, width, False, ACC
     )
-    mask_s = _load_mask(mask_short, mask_short_strides, n, y_pixel, x_pixel, valid_pixel, LOGITS, ACC)
-    mask_l = _load_mask(mask_long, mask_long_strides, n, y_pixel, x_pixel, valid_pixel, LOGITS, ACC)
-    trust_s, trust_l = over_channels(mask_s, False), over_channels(mask_l, False)
-    valid = over_channels(valid_pixel, False)
-    y, x = over_channels(y_pixel, False), over_channels(x_pixel, False)
-    slope_x_s, slope_y_s = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    slope_x_l, slope_y_l = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    trust_grad_s, trust_grad_l = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    pixel_mask_short = _load_mask(mask_short, strides.mask_short, n, row, column, valid, LOGITS, ACC)
+    pixel_mask_long = _load_mask(mask_long, strides.mask_long, n, row, column, valid, LOGITS, ACC)
+    m_short, m_long = over_channels(pixel_mask_short, False), over_channels(pixel_mask_long, False)
+    y, x = over_channels(row, False), over_channels(column, False)
+    x_short, y_short = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    x_long, y_long = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    by_mask_short, by_mask_long = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for first in range(0, channels):
         c = over_pixels(first + tl.arange(0, 1), False).to(n.dtype)  # one at a time: four take 255 registers and spill
-        mask = valid & (c < channels)
-        at = n * stride(short_strides, 0) + c * stride(short_strides, 1)
-        v00, v01, v10, v11 = load_corners(short, at, top_s, bottom_s, left_s, right_s, short_strides, mask, 1, ACC)
-        warped_short = interpolate(v00, v01, v10, v11, fx_s, fy_s)
-        across_s, down_s = slopes(v00, v01, v10, v11, fx_s, fy_s)
-        at = n * stride(long_strides, 0) + c * stride(long_strides, 1)
-        v00, v01, v10, v11 = load_corners(long, at, top_l, bottom_l, left_l, right_l, long_strides, mask, 1, ACC)
-        warped_long = interpolate(v00, v01, v10, v11, fx_l, fy_l)
-        across_l, down_l = slopes(v00, v01, v10, v11, fx_l, fy_l)
-        still = _load(reference, reference_strides, n, c, y, x, mask, ACC)
-        z = _load(base0, base0_strides, n, c, y, x, mask, ACC)
-        if EXPLICIT:
-            base_s = z
-            base_r = _load(base1, base1_strides, n, c, y, x, mask, ACC)
-            base_l = _load(base2, base2_strides, n, c, y, x, mask, ACC)
+        mask = over_channels(valid, False) & (c < channels)
+        v_short, across_short, down_short = sample_with_slopes(short, strides.short, n, c, to_short, mask, 1, ACC)
+        v_long, across_long, down_long = sample_with_slopes(long, strides.long, n, c, to_long, mask, 1, ACC)
+        v_reference = load_tile(reference, strides.reference, n, c, y, x, mask, ACC)
+        if reference_ldr is None:
+            base_short = load_tile(weight_short, strides.weight_short, n, c, y, x, mask, ACC)
+            base_reference = load_tile(weight_reference, strides.weight_reference, n, c, y, x, mask, ACC)
+            base_long = load_tile(weight_long, strides.weight_long, n, c, y, x, mask, ACC)
         else:
-            base_s, base_r, base_l = triangle_weights(z)
-        weight_s, weight_r, weight_l, total = reweigh(base_s, base_r, base_l, trust_s, trust_l)
-        fused = (weight_s * warped_short + weight_r * still + weight_l * warped_long) / total
-        share = _load(grad, grad_strides, n, c, y, x, mask, ACC) / total
-        # d fused / d weight_i = (picture_i - fused) / total, since the weights stand above and below the
-        # fraction's line.
-        weight_grad_s, weight_grad_l = share * (warped_short - fused), share * (warped_long - fused)
-        weight_grad_r = share * (still - fused)
-        short_grad, long_grad = share * weight_s, share * weight_l
-        if NEEDS & 1:
-            at = n * stride(short_sums_strides, 0) + c * stride(short_sums_strides, 1)
+            z = load_tile(reference_ldr, strides.reference_ldr, n, c, y, x, mask, ACC)
+            base_short, base_reference, base_long = triangle_weights(z)
+        of_short, of_reference, of_long, total = reweigh(base_short, base_reference, base_long, m_short, m_long)
+        fused = (of_short * v_short + of_reference * v_reference + of_long * v_long) / total
+        share = load_tile(grad_out, strides.grad_out, n, c, y, x, mask, ACC) / total
+        # d fused / d weight = (picture - fused) / total, since the weights stand above and below the fraction's line.
+        by_short, by_long = share * (v_short - fused), share * (v_long - fused)
+        by_reference = share * (v_reference - fused)
+        warped_short, warped_long = share * of_short, share * of_long  # gradients of the warped images
+        if NEEDS & SHORT:
             if SCATTER:
-                scatter_corners(
-                    *(short_sums, None, at, top_s, bottom_s, left_s, right_s, fx_s, fy_s, short_sums_strides),
-                    *(short_grad, 0.0, mask, False),
-                )
+                scatter_corners(grad_short, None, strides.grad_short, n, c, to_short, warped_short, 0.0, mask, False)
             else:
-                _store(short_sums, short_sums_strides, n, c, y, x, short_grad, mask)
-        if NEEDS & 2:
-            _store(reference_grad, reference_grad_strides, n, c, y, x, share * weight_r, mask)
-        if NEEDS & 4:
-            at = n * stride(long_sums_strides, 0) + c * stride(long_sums_strides, 1)
+                store_tile(grad_short, strides.grad_short, n, c, y, x, warped_short, mask)
+        if NEEDS & REFERENCE:
+            store_tile(grad_reference, strides.grad_reference, n, c, y, x, share * of_reference, mask)
+        if NEEDS & LONG:
             if SCATTER:
-                scatter_corners(
-                    *(long_sums, None, at, top_l, bottom_l, left_l, right_l, fx_l, fy_l, long_sums_strides),
-                    *(long_grad, 0.0, mask, False),
-                )
+                scatter_corners(grad_long, None, strides.grad_long, n, c, to_long, warped_long, 0.0, mask, False)
             else:
-                _store(long_sums, long_sums_strides, n, c, y, x, long_grad, mask)
-        if NEEDS & 8:
-            slope_x_s += sum_channels(tl.where(mask, short_grad * across_s, 0.0), False)
-            slope_y_s += sum_channels(tl.where(mask, short_grad * down_s, 0.0), False)
-        if NEEDS & 16:
-            slope_x_l += sum_channels(tl.where(mask, long_grad * across_l, 0.0), False)
-            slope_y_l += sum_channels(tl.where(mask, long_grad * down_l, 0.0), False)
-        if NEEDS & 32:
-            trust_grad_s += sum_channels(tl.where(mask, base_s * (weight_grad_s - weight_grad_r), 0.0), False)
-        if NEEDS & 64:
-            trust_grad_l += sum_channels(tl.where(mask, base_l * (weight_grad_l - weight_grad_r), 0.0), False)
-        base_grad_s = weight_grad_s * trust_s + weight_grad_r * (1 - trust_s)
-        base_grad_l = weight_grad_l * trust_l + weight_grad_r * (1 - trust_l)
-        if NEEDS & 128:
+                store_tile(grad_long, strides.grad_long, n, c, y, x, warped_long, mask)
+        if NEEDS & FLOW_SHORT:
+            x_short += sum_channels(tl.where(mask, warped_short * across_short, 0.0), False)
+            y_short += sum_channels(tl.where(mask, warped_short * down_short, 0.0), False)
+        if NEEDS & FLOW_LONG:
+            x_long += sum_channels(tl.where(mask, warped_long * across_long, 0.0), False)
+            y_long += sum_channels(tl.where(mask, warped_long * down_long, 0.0), False)
+        if NEEDS & MASK_SHORT:
+            by_mask_short += sum_channels(tl.where(mask, base_short * (by_short - by_reference), 0.0), False)
+        if NEEDS & MASK_LONG:
+            by_mask_long += sum_channels(tl.where(mask, base_long * (by_long - by_reference), 0.0), False)
+        by_base_short = by_short * m_short + by_reference * (1 - m_short)
+        by_base_long = by_long * m_long + by_reference * (1 - m_long)
+        if NEEDS & REFERENCE_LDR:
             # Torch's conventions at the kinks: clamp passes the gradient at its bound, abs has slope 0 at 0.
             bend = tl.where(z > 0.5, 1.0, 0.0) - tl.where(z < 0.5, 1.0, 0.0)
-            rise = tl.where(z >= 0.5, base_grad_s, 0.0) - tl.where(z <= 0.5, base_grad_l, 0.0) - bend * weight_grad_r
-            _store(base0_grad, base0_grad_strides, n, c, y, x, 2 * rise, mask)
-        if NEEDS & 256:
-            _store(base0_grad, base0_grad_strides, n, c, y, x, base_grad_s, mask)
-        if NEEDS & 512:
-            _store(base1_grad, base1_grad_strides, n, c, y, x, weight_grad_r, mask)
-        if NEEDS & 1024:
-            _store(base2_grad, base2_grad_strides, n, c, y, x, base_grad_l, mask)
-    if NEEDS & 8:
-        slope_x_s, slope_y_s = tl.where(inside_x_s, slope_x_s, 0.0), tl.where(inside_y_s, slope_y_s, 0.0)
-        _store(flow_short_grad, flow_short_grad_strides, n, 0, y_pixel, x_pixel, slope_x_s, valid_pixel)
-        _store(flow_short_grad, flow_short_grad_strides, n, 1, y_pixel, x_pixel, slope_y_s, valid_pixel)
-    if NEEDS & 16:
-        slope_x_l, slope_y_l = tl.where(inside_x_l, slope_x_l, 0.0), tl.where(inside_y_l, slope_y_l, 0.0)
-        _store(flow_long_grad, flow_long_grad_strides, n, 0, y_pixel, x_pixel, slope_x_l, valid_pixel)
-        _store(flow_long_grad, flow_long_grad_strides, n, 1, y_pixel, x_pixel, slope_y_l, valid_pixel)
-    if NEEDS & 32:
-        trust_grad_s *= mask_s * (1 - mask_s) if LOGITS else 1.0
-        _store(mask_short_grad, mask_short_grad_strides, n, 0, y_pixel, x_pixel, trust_grad_s, valid_pixel)
-    if NEEDS & 64:
-        trust_grad_l *= mask_l * (1 - mask_l) if LOGITS else 1.0
-        _store(mask_long_grad, mask_long_grad_strides, n, 0, y_pixel, x_pixel, trust_grad_l, valid_pixel)
+            rise = tl.where(z >= 0.5, by_base_short, 0.0) - tl.where(z <= 0.5, by_base_long, 0.0) - bend * by_reference
+            store_tile(grad_reference_ldr, strides.grad_reference_ldr, n, c, y, x, 2 * rise, mask)
+        if NEEDS & WEIGHT_SHORT:
+            store_tile(grad_weight_short, strides.grad_weight_short, n, c, y, x, by_base_short, mask)
+        if NEEDS & WEIGHT_REFERENCE:
+            store_tile(grad_weight_reference, strides.grad_weight_reference, n, c, y, x, by_reference, mask)
+        if NEEDS & WEIGHT_LONG:
+            store_tile(grad_weight_long, strides.grad_weight_long, n, c, y, x, by_base_long, mask)
+    if NEEDS & FLOW_SHORT:
+        _store_flow_gradient(
+            grad_flow_short, strides.grad_flow_short, n, row, column, x_short, y_short, inside_short, valid
+        )
+    if NEEDS & FLOW_LONG:
+        _store_flow_gradient(grad_flow_long, strides.grad_flow_long, n, row, column, x_long, y_long, inside_long, valid)
+    if NEEDS & MASK_SHORT:
+        at = strides.grad_mask_short
+        _store_mask_gradient(grad_mask_short, at, n, row, column, by_mask_short, pixel_mask_short, valid, LOGITS)
+    if NEEDS & MASK_LONG:
+        at = strides.grad_mask_long
+        _store_mask_gradient(grad_mask_long, at, n, row, column, by_mask_long, pixel_mask_long, valid, LOGITS)
 
 
-_tuned_forward = triton.autotune(CONFIGS, ["scale_class"])(_forward)
-# Tuning runs the kernel many times: what it adds to is zeroed before each run, the last one included.
-_tuned_backward = triton.autotune(
-    CONFIGS,
-    ["scale_class", "NEEDS", "SCATTER"],
-    reset_to_zero=["short_sums", "long_sums"],
-)(_backward)
+_tuned_forward = autotune(_forward, CONFIGS, ["scale_class"])
+_tuned_backward = autotune(_backward, CONFIGS, ["scale_class", "NEEDS", "SCATTER"], sums=["grad_short", "grad_long"])
 
 
 def fused_fuse(
@@ -314,24 +256,28 @@ def fused_fuse(
     out = empty_image(short)
     if out.numel() == 0:
         return out
-    geometry = (flow_short, flow_long, mask_short, mask_long)
-    base = (weight_short if reference_ldr is None else reference_ldr, weight_reference, weight_long)
-    tensors = (short, reference, long, *geometry, *base, out)
-    grid, switches = _tiling(short, tensors, reference_ldr is None, mask_logits)
-    launch(
-        "fused_fuse",
-        short.device,
-        _tuned_forward,
-        grid,
-        *with_strides(*tensors),
-        **switches,
-        BLOCK_C=channel_block(short.shape[1], False),
-    )
+    tensors = {
+        "short": short,
+        "reference": reference,
+        "long": long,
+        "flow_short": flow_short,
+        "flow_long": flow_long,
+        "mask_short": mask_short,
+        "mask_long": mask_long,
+        "reference_ldr": reference_ldr,
+        "weight_short": weight_short,
+        "weight_reference": weight_reference,
+        "weight_long": weight_long,
+        "out": out,
+    }
+    grid, switches = _tiling(short, tensors, mask_logits)
+    switches["BLOCK_C"] = channel_block(short.shape[1], False)
+    launch("fused_fuse", short.device, _tuned_forward, grid, **arguments(**tensors), **switches)
     return out
 
 
 def fused_fuse_backward(
-    grad: Tensor,
+    grad_out: Tensor,
     short: Tensor,
     reference: Tensor,
     long: Tensor,
@@ -347,60 +293,64 @@ def fused_fuse_backward(
     needs: int,
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
-    images = (short, reference, long)
-    geometry = (flow_short, flow_long, mask_short, mask_long)
-    inputs = (*images, *geometry, reference_ldr, weight_short, weight_reference, weight_long)
-    # Whole-image gradients that are scattered are allocated where they are added up.
-    stored = needs & ~0b101
-    grads = [
-        grad.new_empty(0) if tensor is None else empty_gradient(tensor, bool(stored >> position & 1))
-        for position, tensor in enumerate(inputs)
-    ]
+    inputs: dict[str, Tensor | None] = {
+        "short": short,
+        "reference": reference,
+        "long": long,
+        "flow_short": flow_short,
+        "flow_long": flow_long,
+        "mask_short": mask_short,
+        "mask_long": mask_long,
+        "reference_ldr": reference_ldr,
+        "weight_short": weight_short,
+        "weight_reference": weight_reference,
+        "weight_long": weight_long,
+    }
+    needed = {name: bool(needs & OPERATOR.bit(name)) for name in inputs}
+
+    def gradient(name: str) -> Tensor:
+        tensor = inputs[name]
+        return grad_out.new_empty(0) if tensor is None else empty_gradient(tensor, needed[name])
+
     if short.numel() == 0 or needs == 0:
-        return tuple(
-            g if t is None else empty_gradient(t, bool(needs >> i & 1)).zero_()
-            for i, (g, t) in enumerate(zip(grads, inputs, strict=True))
-        )
-    sums: dict[int, Tensor] = {}
-    for position in (0, 2):
-        if needs >> position & 1:
-            warped = empty_image(images[position], dtype=compute_type(short))
-            sums[position] = warped if deterministic else warped.zero_()
-    base = (weight_short if reference_ldr is None else reference_ldr, weight_reference, weight_long)
-    base_grads = (grads[8] if reference_ldr is None else grads[7], grads[9], grads[10])
-    outputs = (sums.get(0), grads[1], sums.get(2), *grads[3:7], *base_grads)
-    tensors = (grad, *images, *geometry, *base, *(None if t is None or t.numel() == 0 else t for t in outputs))
-    grid, switches = _tiling(short, tensors, reference_ldr is None, mask_logits)
-    # The deterministic variant stores what each pixel would scatter, and leaves the scattering to backward_warp's
-    # integers.
+        return tuple(gradient(name).zero_() for name in inputs)
+    # The deterministic variant stores what each pixel would scatter, and leaves the scattering to backward_warp's integers.
+    scattered = {name: image for name, image in (("short", short), ("long", long)) if needed[name]}
+    grads = {
+        name: empty_image(scattered[name], dtype=compute_type(short)) if name in scattered else gradient(name)
+        for name in inputs
+    }
+    if not deterministic:
+        for name in scattered:
+            grads[name].zero_()
+    stored = {f"grad_{name}": found if needed[name] else None for name, found in grads.items()}
+    tensors = {"grad_out": grad_out, **inputs, **stored}
+    grid, switches = _tiling(short, tensors, mask_logits)
     switches |= {"NEEDS": needs, "SCATTER": not deterministic}
-    launch("fused_fuse", short.device, _tuned_backward, grid, *with_strides(*tensors), **switches)
-    for position, found in sums.items():
-        grads[position] = (
-            found.to(short.dtype) if not deterministic else _scatter(found, images[position], geometry[position // 2])
-        )
-    return tuple(grads)
+    launch("fused_fuse", short.device, _tuned_backward, grid, **arguments(**tensors), **switches)
+    flows = {"short": flow_short, "long": flow_long}
+    for name, image in scattered.items():
+        found = grads[name]
+        grads[name] = _scatter(found, image, flows[name]) if deterministic else found.to(short.dtype)
+    return tuple(grads.values())
 
 
-def _scatter(warped_grad: Tensor, image: Tensor, flow: Tensor) -> Tensor:
-    total = ImageGradient(image, warped_grad, deterministic=True)
-    backpropagate(warped_grad, image, flow, total, None, operator="fused_fuse")
+def _scatter(grad_warped: Tensor, image: Tensor, flow: Tensor) -> Tensor:
+    total = ImageGradient(image, grad_warped, deterministic=True)
+    backpropagate(grad_warped, image, flow, total, None, operator="fused_fuse")
     return total.result()
 
 
-def _tiling(
-    short: Tensor, tensors: tuple[Tensor | None, ...], explicit: bool, logits: bool
-) -> tuple[Any, dict[str, Any]]:
-    """The launch grid, and the arguments that both kernels take after their tensors."""
+def _tiling(short: Tensor, tensors: dict[str, Tensor | None], logits: bool) -> tuple[Any, dict[str, Any]]:
+    """The launch grid, and the arguments that both kernels take beside tensors."""
     n, channels, height, width = short.shape
     switches = {
         "channels": channels,
         "height": height,
         "width": width,
         "scale_class": size_class(n * height * width),
-        "EXPLICIT": explicit,
         "LOGITS": logits,
         "ACC": accumulator(short),
-        "WIDE": needs_wide(*tensors),
+        "WIDE": needs_wide(*tensors.values()),
     }
     return lambda meta: (n * triton.cdiv(height * width, meta["BLOCK"]),), switches

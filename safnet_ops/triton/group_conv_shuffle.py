@@ -15,26 +15,31 @@ import triton.language as tl
 from torch import Tensor
 
 from safnet_ops.checks import empty_gradient, empty_image, is_channels_last
-from safnet_ops.triton.common import (
+from safnet_ops.operators import OPERATORS
+from safnet_ops.triton.launching import (
     FILL,
     accumulator,
+    arguments,
+    autotune,
     channel_block,
     jit,
     launch,
     needs_wide,
-    offset,
+    size_class,
+    vector_length,
+)
+from safnet_ops.triton.tiles import (
+    load_tile,
     over_channels,
     over_pixels,
     pixel_block,
-    size_class,
+    store_tile,
     stride,
-    strides,
     sum_pixels,
-    vector_length,
     vectors,
-    with_strides,
 )
 
+OPERATOR = OPERATORS["group_conv_shuffle"]
 # Tensor cores: a warp multiplies 32 pixels by the weights it reads, or 16 where there are too few programs. Two stages keep
 # more programs on a multiprocessor, three bring more data ahead.
 TENSOR_CORE = [
@@ -112,11 +117,9 @@ def _finish(
     bias,
     prelu,
     residual,
-    residual_strides,
     preactivation,
-    preactivation_strides,
     out,
-    out_strides,
+    strides,
     SHUFFLED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -131,10 +134,10 @@ def _finish(
     if bias is not None:
         sums += over_pixels(tl.load(bias + c, mask=used, other=0.0).to(ACC), CHANNELS_LAST)
     if residual is not None:
-        at = _offsets(n, tile_c, y, x, residual_strides)
+        at = _offsets(n, tile_c, y, x, strides.residual)
         sums += tl.load(vectors(residual, at, VECTOR), mask=mask, other=0.0).to(ACC)
     if preactivation is not None:
-        at = _offsets(n, tile_c, y, x, preactivation_strides)
+        at = _offsets(n, tile_c, y, x, strides.preactivation)
         tl.store(vectors(preactivation, at, VECTOR), sums.to(preactivation.dtype.element_ty), mask=mask)
     if prelu is not None:
         slope = over_pixels(tl.load(prelu + c, mask=used, other=0.0).to(ACC), CHANNELS_LAST)
@@ -142,9 +145,9 @@ def _finish(
     value = sums.to(out.dtype.element_ty)
     if SHUFFLED:
         tile_c = over_pixels(m * groups + group, CHANNELS_LAST).to(n.dtype)
-        tl.store(out + _offsets(n, tile_c, y, x, out_strides), value, mask=mask)
+        tl.store(out + _offsets(n, tile_c, y, x, strides.out), value, mask=mask)
     else:
-        tl.store(vectors(out, _offsets(n, tile_c, y, x, out_strides), VECTOR), value, mask=mask)
+        tl.store(vectors(out, _offsets(n, tile_c, y, x, strides.out), VECTOR), value, mask=mask)
 
 
 @triton.jit
@@ -166,16 +169,13 @@ def _patch(program, height, width, BLOCK_P: tl.constexpr):
 @jit
 def _convolve(
     source,
-    source_strides,
+    residual,
+    preactivation,
+    out,
+    strides,
     weight,
     bias,
     prelu,
-    residual,
-    residual_strides,
-    preactivation,
-    preactivation_strides,
-    out,
-    out_strides,
     groups,
     rows,
     depth,
@@ -218,11 +218,11 @@ def _convolve(
     if REST_M > 0:
         rest_sums = tl.zeros([BLOCK_P, REST_M] if CHANNELS_LAST else [REST_M, BLOCK_P], ACC)
     channel_stride, row_stride, column_stride = (
-        stride(source_strides, 1),
-        stride(source_strides, 2),
-        stride(source_strides, 3),
+        stride(strides.source, 1),
+        stride(strides.source, 2),
+        stride(strides.source, 3),
     )
-    base = source + n * stride(source_strides, 0) + group.to(n.dtype) * depth * channel_stride
+    base = source + n * stride(strides.source, 0) + group.to(n.dtype) * depth * channel_stride
     depth_blocks = tl.cdiv(depth, TILE_K)
     stored_depth = depth_blocks * TILE_K
     weight += (group * row_blocks * TILE_M + first_row) * stored_depth
@@ -267,26 +267,23 @@ def _convolve(
         tap_x = tl.where(ends_row, -1, tap_x)
         tap_y += tl.where(ends_row, 1, 0)
     _finish(
-        *(sums, first_row + m, n, y, x, valid, rows, groups, group, bias, prelu, residual, residual_strides),
-        *(preactivation, preactivation_strides, out, out_strides, SHUFFLED, CHANNELS_LAST, OUT_VECTOR),
+        *(sums, first_row + m, n, y, x, valid, rows, groups, group, bias, prelu),
+        *(residual, preactivation, out, strides, SHUFFLED, CHANNELS_LAST, OUT_VECTOR),
     )
     if REST_M > 0:
         _finish(
             *(rest_sums, first_row + rest, n, y, x, valid, rows, groups, group, bias, prelu),
-            *(residual, residual_strides, preactivation, preactivation_strides, out, out_strides),
-            *(SHUFFLED, CHANNELS_LAST, OUT_VECTOR),
+            *(residual, preactivation, out, strides, SHUFFLED, CHANNELS_LAST, OUT_VECTOR),
         )
 
 
 @jit
 def _activation_backward(
-    grad,
-    grad_strides,
+    grad_out,
     preactivation,
-    preactivation_strides,
+    grad_inner,
+    strides,
     prelu,
-    inner_grad,
-    inner_grad_strides,
     bias_sums,
     prelu_sums,
     channels,
@@ -307,10 +304,10 @@ def _activation_backward(
     mask = over_channels(valid, CHANNELS_LAST) & (c < channels)
     rows = channels // groups
     shuffled = over_pixels(channel % rows * groups + channel // rows, CHANNELS_LAST).to(n.dtype)
-    g = tl.load(grad + offset(n, shuffled, y, x, grad_strides), mask=mask, other=0.0).to(ACC)
+    g = load_tile(grad_out, strides.grad_out, n, shuffled, y, x, mask, ACC)
     row = tl.program_id(0).to(n.dtype) * channels + channel
     if prelu is not None:
-        before = tl.load(preactivation + offset(n, c, y, x, preactivation_strides), mask=mask, other=0.0).to(ACC)
+        before = load_tile(preactivation, strides.preactivation, n, c, y, x, mask, ACC)
         slope = over_pixels(tl.load(prelu + channel, mask=channel < channels, other=0.0).to(ACC), CHANNELS_LAST)
         if prelu_sums is not None:
             bent = sum_pixels(tl.where(before > 0, 0.0, g * before), CHANNELS_LAST)
@@ -318,9 +315,8 @@ def _activation_backward(
         g = tl.where(before > 0, g, g * slope)
     if bias_sums is not None:
         tl.store(bias_sums + row, sum_pixels(g, CHANNELS_LAST), mask=channel < channels)
-    if inner_grad is not None:
-        value = g.to(inner_grad.dtype.element_ty)
-        tl.store(inner_grad + offset(n, c, y, x, inner_grad_strides), value, mask=mask)
+    if grad_inner is not None:
+        store_tile(grad_inner, strides.grad_inner, n, c, y, x, g, mask)
 
 
 @triton.jit
@@ -336,9 +332,8 @@ def _load_piece(picture, strides, at, c, inside, number, numbers, VECTOR: tl.con
 @jit
 def _weight_backward(
     source,
-    source_strides,
-    inner_grad,
-    inner_grad_strides,
+    grad_inner,
+    strides,
     weight_sums,
     groups,
     rows,
@@ -382,9 +377,9 @@ def _weight_backward(
         from_y, from_x = y * step + move_y, x * step + move_x
         inside = _is_below(from_y, source_height) & _is_below(from_x, source_width) & (x < width)
         at = (n.to(INDEX), y.to(INDEX), x.to(INDEX))
-        g = _load_piece(inner_grad, inner_grad_strides, at, grad_c, x < width, m, rows, GRAD_VECTOR, CHANNELS_LAST)
+        g = _load_piece(grad_inner, strides.grad_inner, at, grad_c, x < width, m, rows, GRAD_VECTOR, CHANNELS_LAST)
         at = (n.to(INDEX), from_y.to(INDEX), from_x.to(INDEX))
-        values = _load_piece(source, source_strides, at, source_c, inside, k, depth, SOURCE_VECTOR, CHANNELS_LAST)
+        values = _load_piece(source, strides.source, at, source_c, inside, k, depth, SOURCE_VECTOR, CHANNELS_LAST)
         if CHANNELS_LAST:
             g = tl.trans(g)
         else:
@@ -402,7 +397,7 @@ def _weight_backward(
 
 
 _KEY = ["scale_class", "CHANNELS_LAST", "BLOCK_M", "REST_M", "BLOCK_K", "REST_K", "SHUFFLED", "SPREAD"]
-_tuned_convolve = {exact: triton.autotune(EXACT if exact else TENSOR_CORE, _KEY)(_convolve) for exact in (False, True)}
+_tuned_convolve = {exact: autotune(_convolve, EXACT if exact else TENSOR_CORE, _KEY) for exact in (False, True)}
 
 
 def is_exact(tensor: Tensor) -> bool:
@@ -453,7 +448,7 @@ def group_conv_shuffle(
 
 
 def group_conv_shuffle_backward(
-    grad: Tensor,
+    grad_out: Tensor,
     preactivation: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -464,31 +459,32 @@ def group_conv_shuffle_backward(
     needs: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_input, need_weight, need_bias, need_prelu, need_residual = (bool(needs >> bit & 1) for bit in range(5))
-    input_grad = empty_gradient(input, need_input)
-    if grad.numel() == 0 or input.numel() == 0:
-        return _nothing_flows(grad, input_grad, weight, needs)
+    needed = {name: bool(needs & OPERATOR.bit(name)) for name in OPERATOR.differentiable}
+    grad_input = empty_gradient(input, needed["input"])
+    if grad_out.numel() == 0 or input.numel() == 0:
+        return _nothing_flows(grad_out, grad_input, weight, needed)
     # Without PReLU and shuffle the gradient arrives as it is needed (but an operator must not return its argument).
-    passes = prelu_weight is None and groups == 1 and not need_residual
-    passes = passes and is_channels_last(grad) == is_channels_last(input)
-    inner_grad, bias_grad, prelu_grad = _undo_activation(
-        grad,
+    passes = prelu_weight is None and groups == 1 and not needed["residual"]
+    passes = passes and is_channels_last(grad_out) == is_channels_last(input)
+    grad_inner, grad_bias, grad_prelu = _undo_activation(
+        grad_out,
         preactivation,
         input,
         prelu_weight,
         groups,
-        inner=not passes and (need_input or need_weight or need_residual),
-        bias=need_bias,
-        prelu=need_prelu,
+        inner=not passes and (needed["input"] or needed["weight"] or needed["residual"]),
+        bias=needed["bias"],
+        prelu=needed["prelu_weight"],
     )
     if passes:
-        inner_grad = grad
-    weight_grad = weight.new_empty(0)
-    if need_weight:
-        weight_grad = _weight_gradient(inner_grad, input, weight, groups, stride, dilation)
-    if need_input:
-        _run_convolution(inner_grad, weight, (None,) * 4, input_grad, (groups, stride, dilation), transposed=True)
-    return input_grad, weight_grad, bias_grad, prelu_grad, inner_grad if need_residual else grad.new_empty(0)
+        grad_inner = grad_out
+    grad_weight = weight.new_empty(0)
+    if needed["weight"]:
+        grad_weight = _weight_gradient(grad_inner, input, weight, groups, stride, dilation)
+    if needed["input"]:
+        _run_convolution(grad_inner, weight, (None,) * 4, grad_input, (groups, stride, dilation), transposed=True)
+    grad_residual = grad_inner if needed["residual"] else grad_out.new_empty(0)
+    return grad_input, grad_weight, grad_bias, grad_prelu, grad_residual
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -523,10 +519,20 @@ def _run_convolution(
         out.device,
         _tuned_convolve[exact],
         lambda meta: (groups * triton.cdiv(rows, block_m + rest_m) * n * _patches(height, width, meta["BLOCK_P"]),),
-        *(source, strides(source), _pack(weight, groups, block_m + rest_m, block_k + rest_k, transposed), bias, prelu),
-        *with_strides(residual, preactivation, out),
-        *(groups, rows, depth, height, width, *source.shape[2:], step, -dilation if transposed else dilation),
-        size_class(n * height * width),
+        **arguments(source=source, residual=residual, preactivation=preactivation, out=out),
+        weight=_pack(weight, groups, block_m + rest_m, block_k + rest_k, transposed),
+        bias=bias,
+        prelu=prelu,
+        groups=groups,
+        rows=rows,
+        depth=depth,
+        height=height,
+        width=width,
+        source_height=source.shape[2],
+        source_width=source.shape[3],
+        step=step,
+        dilation=-dilation if transposed else dilation,
+        scale_class=size_class(n * height * width),
         SHUFFLED=groups > 1 and not transposed,
         SPREAD=transposed and step > 1,
         ACC=accumulator(source),
@@ -557,7 +563,7 @@ def _pack(weight: Tensor, groups: int, tile_m: int, tile_k: int, transposed: boo
 
 
 def _undo_activation(
-    grad: Tensor,
+    grad_out: Tensor,
     preactivation: Tensor,
     input: Tensor,
     prelu_weight: Tensor | None,
@@ -570,35 +576,44 @@ def _undo_activation(
     """Gradients of the convolution's own output (also the residual's), of bias and of the slopes; empty where not
     wanted."""
     if not (inner or bias or prelu):
-        return grad.new_empty(0), grad.new_empty(0), grad.new_empty(0)
-    n, channels, height, width = grad.shape
+        return grad_out.new_empty(0), grad_out.new_empty(0), grad_out.new_empty(0)
+    n, channels, height, width = grad_out.shape
     channels_last = is_channels_last(input) and channels > 1
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
-    inner_grad = torch.empty_like(grad, memory_format=layout) if inner else None
+    grad_inner = torch.empty_like(grad_out, memory_format=layout) if inner else None
     block_c = channel_block(channels, channels_last)
     block = REDUCED // block_c
     programs = n * triton.cdiv(height * width, block)
-    kind = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    kind = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
     # One row of sums for each program, added up afterwards in the same order every time.
-    bias_sums = torch.empty((programs, channels), dtype=kind, device=grad.device) if bias else None
-    prelu_sums = torch.empty((programs, channels), dtype=kind, device=grad.device) if prelu else None
+    bias_sums = torch.empty((programs, channels), dtype=kind, device=grad_out.device) if bias else None
+    prelu_sums = torch.empty((programs, channels), dtype=kind, device=grad_out.device) if prelu else None
     saved = preactivation if prelu_weight is not None else None
     launch(
         "group_conv_shuffle",
-        grad.device,
+        grad_out.device,
         _activation_backward,
         (programs, triton.cdiv(channels, block_c)),
-        *(*with_strides(grad, saved), _dense(prelu_weight), *with_strides(inner_grad), bias_sums, prelu_sums),
-        *(channels, groups, height, width),
-        ACC=accumulator(grad),
-        WIDE=needs_wide(grad, saved, inner_grad),
+        **arguments(grad_out=grad_out, preactivation=saved, grad_inner=grad_inner),
+        prelu=_dense(prelu_weight),
+        bias_sums=bias_sums,
+        prelu_sums=prelu_sums,
+        channels=channels,
+        groups=groups,
+        height=height,
+        width=width,
+        ACC=accumulator(grad_out),
+        WIDE=needs_wide(grad_out, saved, grad_inner),
         CHANNELS_LAST=channels_last,
         BLOCK_C=block_c,
         BLOCK=block,
     )
     return tuple(  # type: ignore[return-value]
-        grad.new_empty(0) if found is None else found
-        for found in (inner_grad, *(None if s is None else s.sum(0).to(grad.dtype) for s in (bias_sums, prelu_sums)))
+        grad_out.new_empty(0) if found is None else found
+        for found in (
+            grad_inner,
+            *(None if s is None else s.sum(0).to(grad_out.dtype) for s in (bias_sums, prelu_sums)),
+        )
     )
 
 
@@ -609,9 +624,9 @@ def _group_vector(tensor: Tensor, channels: int) -> int:
 
 
 def _weight_gradient(
-    inner_grad: Tensor, input: Tensor, weight: Tensor, groups: int, step: int, dilation: int
+    grad_inner: Tensor, input: Tensor, weight: Tensor, groups: int, step: int, dilation: int
 ) -> Tensor:
-    batch, channels, height, width = inner_grad.shape
+    batch, channels, height, width = grad_inner.shape
     rows, depth = channels // groups, weight.shape[1]
     exact, channels_last = is_exact(input), is_channels_last(input)
     # Exact products keep both operands in registers: 32 x 32 of them spilled on sm_100.
@@ -631,14 +646,25 @@ def _weight_gradient(
         weight.device,
         _weight_backward,
         (parts, runs),
-        *(*with_strides(input, inner_grad), sums),
-        *(groups, rows, depth, batch, height, width, *input.shape[2:], step, dilation, run),
+        **arguments(source=input, grad_inner=grad_inner),
+        weight_sums=sums,
+        groups=groups,
+        rows=rows,
+        depth=depth,
+        batch=batch,
+        height=height,
+        width=width,
+        source_height=input.shape[2],
+        source_width=input.shape[3],
+        step=step,
+        dilation=dilation,
+        run=run,
         ACC=accumulator(input),
-        WIDE=needs_wide(input, inner_grad, sums),
+        WIDE=needs_wide(input, grad_inner, sums),
         CHANNELS_LAST=channels_last,
         PRECISION="ieee" if exact else "tf32",
         SOURCE_VECTOR=_group_vector(input, depth) if channels_last else 1,
-        GRAD_VECTOR=_group_vector(inner_grad, rows) if channels_last else 1,
+        GRAD_VECTOR=_group_vector(grad_inner, rows) if channels_last else 1,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=pixels_at_once,
@@ -647,10 +673,8 @@ def _weight_gradient(
     return sums.sum(0).to(weight.dtype)
 
 
-def _nothing_flows(grad: Tensor, input_grad: Tensor, weight: Tensor, needs: int) -> Any:
+def _nothing_flows(grad_out: Tensor, grad_input: Tensor, weight: Tensor, needed: dict[str, bool]) -> Any:
     """Gradients of a call without pixels."""
-    wanted = [
-        weight.new_zeros(shape if needs >> bit & 1 else 0)
-        for bit, shape in ((1, weight.shape), (2, len(weight)), (3, len(weight)))
-    ]
-    return input_grad.zero_(), *wanted, torch.zeros_like(grad) if needs >> 4 & 1 else grad.new_empty(0)
+    shapes = {"weight": weight.shape, "bias": weight.shape[:1], "prelu_weight": weight.shape[:1]}
+    wanted = [weight.new_zeros(shape if needed[name] else (0,)) for name, shape in shapes.items()]
+    return grad_input.zero_(), *wanted, torch.zeros_like(grad_out) if needed["residual"] else grad_out.new_empty(0)

@@ -9,25 +9,20 @@ import triton.language as tl
 from torch import Tensor
 
 from safnet_ops.checks import empty_image
-from safnet_ops.triton.common import (
+from safnet_ops.triton.fusion import fuse, triangle_weights
+from safnet_ops.triton.launching import (
     accumulator,
+    arguments,
+    autotune,
     channel_block,
     compute_type,
-    interpolate,
     jit,
     launch,
-    load_corners,
     needs_wide,
-    offset,
-    over_channels,
-    over_pixels,
-    pixel_block,
-    place_corners,
     size_class,
-    stride,
-    with_strides,
 )
-from safnet_ops.triton.fusion import fuse, triangle_weights
+from safnet_ops.triton.sampling import move_pixel, sample
+from safnet_ops.triton.tiles import load_tile, over_channels, over_pixels, pixel_block, store_tile
 
 CONFIGS = [triton.Config({"BLOCK": 128}, num_warps=4), triton.Config({"BLOCK": 64}, num_warps=2)]  # as for fused_fuse
 
@@ -50,41 +45,22 @@ def _source(position, size, full_size, ACC: tl.constexpr):
     return lower.to(position.dtype), tl.minimum(lower + 1, size - 1).to(position.dtype), at - lower.to(ACC)
 
 
-@triton.jit
-def _resize(
-    field, strides, n, channel: tl.constexpr, top, bottom, left, right, fraction_x, fraction_y, valid, ACC: tl.constexpr
-):
-    at = n * stride(strides, 0) + channel * stride(strides, 1)
-    v00, v01, v10, v11 = load_corners(field, at, top, bottom, left, right, strides, valid, 1, ACC)
-    return interpolate(v00, v01, v10, v11, fraction_x, fraction_y)
-
-
 @jit
 def _forward(
     short,
-    short_strides,
     reference,
-    reference_strides,
     long,
-    long_strides,
     flow_short,
-    flow_short_strides,
     flow_long,
-    flow_long_strides,
     mask_short,
-    mask_short_strides,
     mask_long,
-    mask_long_strides,
     reference_ldr,
-    reference_ldr_strides,
     out,
-    out_strides,
     full_flow_short,
     full_flow_long,
-    full_flow_strides,
     full_mask_short,
     full_mask_long,
-    full_mask_strides,
+    strides,
     channels,
     height,
     width,
@@ -97,44 +73,42 @@ def _forward(
     BLOCK: tl.constexpr,
 ):
     n, y, x, valid = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
-    left, right, fx = _source(x, low_width, width, ACC)
-    top, bottom, fy = _source(y, low_height, height, ACC)
+    left, right, fraction_x = _source(x, low_width, width, ACC)
+    top, bottom, fraction_y = _source(y, low_height, height, ACC)
+    point = (top, bottom, left, right, fraction_x, fraction_y)
     ratio_x, ratio_y = _ratio(width, low_width, ACC), _ratio(height, low_height, ACC)
-    x_s = _resize(flow_short, flow_short_strides, n, 0, top, bottom, left, right, fx, fy, valid, ACC) * ratio_x
-    y_s = _resize(flow_short, flow_short_strides, n, 1, top, bottom, left, right, fx, fy, valid, ACC) * ratio_y
-    x_l = _resize(flow_long, flow_long_strides, n, 0, top, bottom, left, right, fx, fy, valid, ACC) * ratio_x
-    y_l = _resize(flow_long, flow_long_strides, n, 1, top, bottom, left, right, fx, fy, valid, ACC) * ratio_y
-    mask_s = tl.sigmoid(_resize(mask_short, mask_short_strides, n, 0, top, bottom, left, right, fx, fy, valid, ACC))
-    mask_l = tl.sigmoid(_resize(mask_long, mask_long_strides, n, 0, top, bottom, left, right, fx, fy, valid, ACC))
-    tl.store(full_flow_short + offset(n, 0, y, x, full_flow_strides), x_s, mask=valid)
-    tl.store(full_flow_short + offset(n, 1, y, x, full_flow_strides), y_s, mask=valid)
-    tl.store(full_flow_long + offset(n, 0, y, x, full_flow_strides), x_l, mask=valid)
-    tl.store(full_flow_long + offset(n, 1, y, x, full_flow_strides), y_l, mask=valid)
-    tl.store(full_mask_short + offset(n, 0, y, x, full_mask_strides), mask_s, mask=valid)
-    tl.store(full_mask_long + offset(n, 0, y, x, full_mask_strides), mask_l, mask=valid)
+    x_short = sample(flow_short, strides.flow_short, n, 0, point, valid, 1, ACC) * ratio_x
+    y_short = sample(flow_short, strides.flow_short, n, 1, point, valid, 1, ACC) * ratio_y
+    x_long = sample(flow_long, strides.flow_long, n, 0, point, valid, 1, ACC) * ratio_x
+    y_long = sample(flow_long, strides.flow_long, n, 1, point, valid, 1, ACC) * ratio_y
+    pixel_mask_short = tl.sigmoid(sample(mask_short, strides.mask_short, n, 0, point, valid, 1, ACC))
+    pixel_mask_long = tl.sigmoid(sample(mask_long, strides.mask_long, n, 0, point, valid, 1, ACC))
+    # Both flows are laid out alike, and both masks: one offset serves two stores.
+    store_tile(full_flow_short, strides.full_flow_short, n, 0, y, x, x_short, valid)
+    store_tile(full_flow_short, strides.full_flow_short, n, 1, y, x, y_short, valid)
+    store_tile(full_flow_long, strides.full_flow_short, n, 0, y, x, x_long, valid)
+    store_tile(full_flow_long, strides.full_flow_short, n, 1, y, x, y_long, valid)
+    store_tile(full_mask_short, strides.full_mask_short, n, 0, y, x, pixel_mask_short, valid)
+    store_tile(full_mask_long, strides.full_mask_short, n, 0, y, x, pixel_mask_long, valid)
 
-    top_s, bottom_s, left_s, right_s, fx_s, fy_s, _, _ = place_corners(x_s, y_s, y, x, height, width, False, ACC)
-    top_l, bottom_l, left_l, right_l, fx_l, fy_l, _, _ = place_corners(x_l, y_l, y, x, height, width, False, ACC)
-    trust_s, trust_l = over_channels(mask_s, False), over_channels(mask_l, False)
+    to_short, _ = move_pixel(x_short, y_short, y, x, height, width, False, ACC)
+    to_long, _ = move_pixel(x_long, y_long, y, x, height, width, False, ACC)
+    m_short, m_long = over_channels(pixel_mask_short, False), over_channels(pixel_mask_long, False)
     valid = over_channels(valid, False)
     y, x = over_channels(y, False), over_channels(x, False)
     for first in range(0, channels, BLOCK_C):
         c = over_pixels(first + tl.arange(0, BLOCK_C), False).to(n.dtype)
         mask = valid & (c < channels)
-        at = n * stride(short_strides, 0) + c * stride(short_strides, 1)
-        v00, v01, v10, v11 = load_corners(short, at, top_s, bottom_s, left_s, right_s, short_strides, mask, 1, ACC)
-        warped_short = interpolate(v00, v01, v10, v11, fx_s, fy_s)
-        at = n * stride(long_strides, 0) + c * stride(long_strides, 1)
-        v00, v01, v10, v11 = load_corners(long, at, top_l, bottom_l, left_l, right_l, long_strides, mask, 1, ACC)
-        warped_long = interpolate(v00, v01, v10, v11, fx_l, fy_l)
-        still = tl.load(reference + offset(n, c, y, x, reference_strides), mask=mask, other=0.0).to(ACC)
-        z = tl.load(reference_ldr + offset(n, c, y, x, reference_ldr_strides), mask=mask, other=0.0).to(ACC)
-        base_s, base_r, base_l = triangle_weights(z)
-        fused = fuse(warped_short, still, warped_long, base_s, base_r, base_l, trust_s, trust_l)
-        tl.store(out + offset(n, c, y, x, out_strides), fused.to(out.dtype.element_ty), mask=mask)
+        v_short = sample(short, strides.short, n, c, to_short, mask, 1, ACC)
+        v_long = sample(long, strides.long, n, c, to_long, mask, 1, ACC)
+        v_reference = load_tile(reference, strides.reference, n, c, y, x, mask, ACC)
+        z = load_tile(reference_ldr, strides.reference_ldr, n, c, y, x, mask, ACC)
+        base_short, base_reference, base_long = triangle_weights(z)
+        fused = fuse(v_short, v_reference, v_long, base_short, base_reference, base_long, m_short, m_long)
+        store_tile(out, strides.out, n, c, y, x, fused, mask)
 
 
-_tuned = triton.autotune(CONFIGS, ["scale_class"])(_forward)
+_tuned = autotune(_forward, CONFIGS, ["scale_class"])
 
 
 def upsample_fuse(
@@ -148,23 +122,40 @@ def upsample_fuse(
     reference_ldr: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, channels, height, width = short.shape
-    kind = compute_type(short)
     out = empty_image(short)
-    flows = [torch.empty((n, 2, height, width), dtype=kind, device=short.device) for _ in range(2)]
-    masks = [torch.empty((n, 1, height, width), dtype=kind, device=short.device) for _ in range(2)]
-    if flows[0].numel() > 0:
-        inputs = (short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr, out)
+    full_flow_short, full_flow_long, full_mask_short, full_mask_long = (
+        torch.empty((n, size, height, width), dtype=compute_type(short), device=short.device) for size in (2, 2, 1, 1)
+    )
+    if n * height * width > 0:
+        tensors = {
+            "short": short,
+            "reference": reference,
+            "long": long,
+            "flow_short": flow_short,
+            "flow_long": flow_long,
+            "mask_short": mask_short,
+            "mask_long": mask_long,
+            "reference_ldr": reference_ldr,
+            "out": out,
+            "full_flow_short": full_flow_short,
+            "full_flow_long": full_flow_long,
+            "full_mask_short": full_mask_short,
+            "full_mask_long": full_mask_long,
+        }
         launch(
             "upsample_fuse",
             short.device,
             _tuned,
             lambda meta: (n * triton.cdiv(height * width, meta["BLOCK"]),),
-            *with_strides(*inputs),
-            *(*flows, with_strides(flows[0])[1], *masks, with_strides(masks[0])[1]),
-            *(channels, height, width, *flow_short.shape[2:]),
-            size_class(n * height * width),
+            **arguments(**tensors),
+            channels=channels,
+            height=height,
+            width=width,
+            low_height=flow_short.shape[2],
+            low_width=flow_short.shape[3],
+            scale_class=size_class(n * height * width),
             ACC=accumulator(short),
-            WIDE=needs_wide(*inputs, *flows),
+            WIDE=needs_wide(*tensors.values()),
             BLOCK_C=channel_block(channels, False),
         )
-    return out, flows[0], flows[1], masks[0], masks[1]
+    return out, full_flow_short, full_flow_long, full_mask_short, full_mask_long

@@ -17,5 +17,5 @@ def simulated():
 @pytest.fixture
 def wide(monkeypatch):
     """Call it, and kernels compute offsets in 64 bits however small the pictures are."""
-    common = pytest.importorskip("safnet_ops.triton.common")
-    return lambda: monkeypatch.setattr(common, "WIDE_FROM", 0)
+    launching = pytest.importorskip("safnet_ops.triton.launching")
+    return lambda: monkeypatch.setattr(launching, "WIDE_FROM", 0)

@@ -118,14 +118,14 @@ def test_64bit_offsets_give_the_same_bits(layout, wide):
 def test_offsets_beyond_31_bits_are_noticed(monkeypatch):
     """Rows that lie 2^28 elements apart: 5 GB of addresses, of which only the pages that are touched exist."""
     import ptxsim
-    from safnet_ops.triton import common
+    from safnet_ops.triton import launching
 
     image, flow = make((10, 5), n=1, channels=2, kind=(torch.float16, torch.float32))
     storage = torch.UntypedStorage(10 << 29)
     far = torch.empty(0, dtype=torch.float16).set_(storage, 0, image.shape, (0, 8, 1 << 28, 1)).copy_(image)
     out = triton_warp(far, flow)
     assert torch.equal(out, triton_warp(image, flow))
-    monkeypatch.setattr(common, "WIDE_FROM", 1 << 60)
+    monkeypatch.setattr(launching, "WIDE_FROM", 1 << 60)
     with pytest.raises(ptxsim.errors.OutOfBounds):
         triton_warp(far, flow)
 

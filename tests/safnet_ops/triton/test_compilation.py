@@ -26,6 +26,10 @@ CALLS = [
 ]
 
 
+def test_every_operator_is_called():
+    assert {call.operator for call in CALLS} == set(OPERATORS)
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """The names of the kernels that Triton compiles, in order."""
@@ -88,7 +92,7 @@ def trying(monkeypatch):
 
         return run_twice
 
-    monkeypatch.setattr(ptxsim.triton_bridge._Driver, "get_benchmarker", benchmarker)
+    monkeypatch.setattr(ptxsim.triton_bridge.SimulatedDriver, "get_benchmarker", benchmarker)
     triton_costs.forget_tuning()
     yield
     triton_costs.forget_tuning()

@@ -58,9 +58,9 @@ def test_broken_triton_is_reported_and_not_raised():
 
 def test_package_of_the_same_name_is_not_mistaken_for_triton():
     triton = pytest.importorskip("triton")
-    from safnet_ops.triton import common
+    from safnet_ops.triton import launching
 
-    assert common.triton is triton
+    assert launching.triton is triton
     assert triton.__name__ == "triton"
     assert hasattr(triton, "jit")
 
@@ -111,6 +111,13 @@ def test_operators_agree_with_their_fakes():
             ),
         ),
     ]
+    registered = {name for operator in OPERATORS.values() for name in operator.registered}
+    assert {op.__name__ for op, _ in calls} == registered
     with ptxsim.triton_on_cpu():
         for op, arguments in calls:
             torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_operator_has_kernels():
+    kernels = pytest.importorskip("safnet_ops.triton").KERNELS
+    assert set(kernels) == {name for operator in OPERATORS.values() for name in operator.registered}

@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 
 import torch
 
+from safnet_ops.operators import OPERATORS
 from simulated_gpu import triton_costs
 
 
@@ -14,6 +15,10 @@ def _is_fast(call):
 
 
 FAST = [call for call in triton_costs.CALLS if _is_fast(call)]
+
+
+def test_every_operator_is_compiled():
+    assert {call.operator for call in FAST} == {call.operator for call in triton_costs.CALLS} == set(OPERATORS)
 
 
 @pytest.mark.parametrize("call", FAST, ids=lambda call: call.name)
