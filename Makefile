@@ -7,7 +7,7 @@ TORCH ?= torch>=2.11,<2.14
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test bench lint sanitize gpu clean
+.PHONY: demo test bench lint format sanitize gpu clean
 
 # One stamp a set of packages; a change of the build or of the native sources installs again.
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -53,10 +53,17 @@ bench: $(VENV)/dev.stamp
 	$(RUN) pip install --quiet -e ".[bench]" --no-build-isolation
 	$(RUN) pytest bench
 
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh simulated_gpu/*.cpp)
+
 lint: $(VENV)/dev.stamp
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/ruff format .
 
 # On a machine with a GPU, with the Python, torch and nvcc that are there; needs no network and makes no .venv.
 gpu:

@@ -1,5 +1,5 @@
-// Stands in for the CUDA runtime where the kernels run on the CPU: kernels register themselves here by name, and a launch calls
-// back into Python, which executes the kernel's PTX. Memory is host memory; there is one stream.
+// Stands in for the CUDA runtime where the kernels run on the CPU: kernels register themselves here by name, and a
+// launch calls back into Python, which executes the kernel's PTX. Memory is host memory; there is one stream.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,8 @@ struct Dim3 {
   unsigned x, y, z;
 };
 
-using LaunchCallback = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared, void** arguments);
+using LaunchCallback = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared,
+                               void** arguments);
 using AllocationCallback = void (*)(void* data, size_t bytes);
 
 namespace {
@@ -20,7 +21,7 @@ LaunchCallback on_launch = nullptr;
 AllocationCallback on_allocation = nullptr;
 int compute_capability = 90;
 constexpr int kInvalidValue = 1, kLaunchFailure = 719;
-constexpr int kMaxDynamicSharedMemorySize = 8;              // cudaFuncAttribute
+constexpr int kMaxDynamicSharedMemorySize = 8;               // cudaFuncAttribute
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;  // cudaDeviceAttr
 constexpr int kMultiProcessorCount = 16, kSharedMemoryPerBlockOptin = 97;
 
@@ -29,7 +30,9 @@ int largest_shared() { return compute_capability < 80 ? 64 * 1024 : compute_capa
 
 extern "C" {
 
-void simulated_callbacks(LaunchCallback launch, AllocationCallback allocation) { on_launch = launch, on_allocation = allocation; }
+void simulated_callbacks(LaunchCallback launch, AllocationCallback allocation) {
+  on_launch = launch, on_allocation = allocation;
+}
 void simulated_capability(int capability) { compute_capability = capability; }
 void simulated_allocation(void* data, size_t bytes) {
   if (on_allocation != nullptr && bytes > 0) on_allocation(data, bytes);
@@ -57,7 +60,8 @@ int cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void** argumen
   if (found == kernels.end() || on_launch == nullptr) return kInvalidValue;
   const auto limit = shared_limit.find(function);
   const size_t allowed = limit == shared_limit.end() ? 48 * 1024 : static_cast<size_t>(limit->second);
-  if (shared > allowed || shared > static_cast<size_t>(largest_shared()) || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+  if (shared > allowed || shared > static_cast<size_t>(largest_shared()) || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.y > 65535 || grid.z > 65535)
     return kInvalidValue;
   if (size_t{block.x} * block.y * block.z > 1024 || block.x * block.y * block.z == 0) return kInvalidValue;
   return on_launch(found->second.c_str(), &grid.x, &block.x, shared, arguments) == 0 ? 0 : kLaunchFailure;
@@ -77,7 +81,9 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
   switch (attribute) {
     case kCapabilityMajor: *value = compute_capability / 10; return 0;
     case kCapabilityMinor: *value = compute_capability % 10; return 0;
-    case kMultiProcessorCount: *value = compute_capability < 90 ? 1 : 132; return 0;  // 1: blocks have more than one tile each
+    case kMultiProcessorCount:
+      *value = compute_capability < 90 ? 1 : 132;
+      return 0;  // 1: blocks have more than one tile each
     case kSharedMemoryPerBlockOptin: *value = largest_shared(); return 0;
     default: return kInvalidValue;
   }
@@ -88,7 +94,9 @@ int cudaGetDevice(int* device) {
   return 0;
 }
 
-const char* cudaGetErrorName(int error) { return error == kLaunchFailure ? "cudaErrorLaunchFailure" : "cudaErrorInvalidValue"; }
+const char* cudaGetErrorName(int error) {
+  return error == kLaunchFailure ? "cudaErrorLaunchFailure" : "cudaErrorInvalidValue";
+}
 const char* cudaGetErrorString(int) { return "the simulated launch failed"; }
 
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {

@@ -30,17 +30,20 @@ void warp_pixels(const WarpArguments& a, const Run& run, const Grid<Offset>& gri
   const int64_t channels = a.image.size[1];
   for (int i = 0; i < run.count; ++i) {
     const T* upper_left = row<T>(a.image, run.n, 0, 0) + cells.offset[i];
-    const T *upper_right = upper_left + grid.right, *lower_left = upper_left + grid.down, *lower_right = lower_left + grid.right;
+    const T *upper_right = upper_left + grid.right, *lower_left = upper_left + grid.down,
+            *lower_right = lower_left + grid.right;
     T* __restrict out = at<T>(a.out, run, 0) + i * a.out.stride[3];
     const R fraction_x = cells.fraction_x[i], fraction_y = cells.fraction_y[i];
     for (int64_t c = 0; c < channels; ++c)
-      store(bilinear(load(upper_left[c]), load(upper_right[c]), load(lower_left[c]), load(lower_right[c]), fraction_x, fraction_y),
+      store(bilinear(load(upper_left[c]), load(upper_right[c]), load(lower_left[c]), load(lower_right[c]), fraction_x,
+                     fraction_y),
             out[c]);
   }
 }
 
 template <class R, class Offset>
-void warp_channels_inside(const WarpArguments& a, const Run& run, const Grid<Offset>& grid, const Cells<R, Offset>& cells) {
+void warp_channels_inside(const WarpArguments& a, const Run& run, const Grid<Offset>& grid,
+                          const Cells<R, Offset>& cells) {
   if constexpr (sizeof(R) == sizeof(double)) {
     warp_pixels<double>(a, run, grid, cells);
   } else {
@@ -102,9 +105,10 @@ void reach_rows(const WarpArguments& a, int64_t begin, int64_t end) {
 
 template <class R>
 void image_gradient(const WarpArguments& a, int64_t begin, int64_t end) {
-  scatter_bands<R>(a.grad_image, a.flow, static_cast<const Reach*>(a.reach), a.bands, begin, end, [&](const Run& run, R* out) {
-    for (int64_t c = 0; c < a.image.size[1]; ++c) load_run(a.out, run, c, out + c * kChunk);
-  });
+  scatter_bands<R>(a.grad_image, a.flow, static_cast<const Reach*>(a.reach), a.bands, begin, end,
+                   [&](const Run& run, R* out) {
+                     for (int64_t c = 0; c < a.image.size[1]; ++c) load_run(a.out, run, c, out + c * kChunk);
+                   });
 }
 
 }  // namespace
@@ -113,7 +117,9 @@ void warp_rows(const WarpArguments& a, int64_t begin, int64_t end) { SAFNET_DISP
 void warp_flow_gradient_rows(const WarpArguments& a, int64_t begin, int64_t end) {
   SAFNET_DISPATCH(a.image, flow_gradient, a, begin, end);
 }
-void warp_reach_rows(const WarpArguments& a, int64_t begin, int64_t end) { SAFNET_DISPATCH(a.image, reach_rows, a, begin, end); }
+void warp_reach_rows(const WarpArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH(a.image, reach_rows, a, begin, end);
+}
 void warp_image_gradient_bands(const WarpArguments& a, int64_t begin, int64_t end) {
   SAFNET_DISPATCH(a.image, image_gradient, a, begin, end);
 }

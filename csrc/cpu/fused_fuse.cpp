@@ -1,5 +1,5 @@
-// fused_fuse on the CPU. The forward keeps a run of pixels in the first-level cache and touches memory once for every input and
-// output; the backward recomputes what it needs from the inputs, and writes only the gradients asked for.
+// fused_fuse on the CPU. The forward keeps a run of pixels in the first-level cache and touches memory once for every
+// input and output; the backward recomputes what it needs from the inputs, and writes only the gradients asked for.
 
 #include "cpu/fusion.h"
 #include "cpu/kernel.h"
@@ -14,7 +14,7 @@ struct FuseBackwardArguments : FuseArguments {
   // The gradient of one warped image at a time, by scatter.h.
   View grad_image;
   bool of_short;  // which one
-  void* reach;  // see scatter.h
+  void* reach;    // see scatter.h
   int32_t bands;
 };
 
@@ -51,8 +51,8 @@ void store_if_needed(const R* values, const View& gradient, const Run& run, int6
 }
 
 template <class R>
-void store_base_weight_gradients(const FuseBackwardArguments& a, const Run& run, int64_t c, const R* z, const R* mask_short,
-                                 const R* mask_long, const WeightGradients<R>& w) {
+void store_base_weight_gradients(const FuseBackwardArguments& a, const Run& run, int64_t c, const R* z,
+                                 const R* mask_short, const R* mask_long, const WeightGradients<R>& w) {
   if (z == nullptr && a.grad_weight_short.data == nullptr && a.grad_weight_reference.data == nullptr &&
       a.grad_weight_long.data == nullptr)
     return;
@@ -86,15 +86,17 @@ struct Samples {
 
 template <class R, class Base>
 void fuse_value_gradients(int count, Base base, const R* __restrict mask_short, const R* __restrict mask_long,
-                          const R* __restrict grad, const R* __restrict v_reference, const Samples<R>& __restrict of_short,
-                          const Samples<R>& __restrict of_long, WeightGradients<R>& __restrict w,
-                          GeometryGradients<R>& __restrict sums, R* __restrict grad_reference) {
+                          const R* __restrict grad, const R* __restrict v_reference,
+                          const Samples<R>& __restrict of_short, const Samples<R>& __restrict of_long,
+                          WeightGradients<R>& __restrict w, GeometryGradients<R>& __restrict sums,
+                          R* __restrict grad_reference) {
   for (int i = 0; i < count; ++i) {
     const R v_short = of_short.value[i], v_long = of_long.value[i];
     const Weights<R> given = base[i], weights = reweight(given, mask_short[i], mask_long[i]);
     const R scaled = grad[i] * inverse_sum(weights);
     const R fused = weighted_mean(weights, v_short, v_reference[i], v_long);
-    const R grad_a = scaled * (v_short - fused), grad_b = scaled * (v_reference[i] - fused), grad_c = scaled * (v_long - fused);
+    const R grad_a = scaled * (v_short - fused), grad_b = scaled * (v_reference[i] - fused),
+            grad_c = scaled * (v_long - fused);
     w.a[i] = grad_a, w.b[i] = grad_b, w.c[i] = grad_c;
     sums.mask_short[i] += given.a * (grad_a - grad_b);
     sums.mask_long[i] += given.c * (grad_c - grad_b);
@@ -117,12 +119,14 @@ void fuse_gradient_runs(const FuseBackwardArguments& a, int64_t begin, int64_t e
     align(a, grid_short, grid_long, run, aligned);
     GeometryGradients<R> sums{};
     for (int64_t c = 0; c < a.short_.size[1]; ++c) {
-      sample_with_slopes(a.short_, run.n, c, grid_short, aligned.cells_short, run.count, of_short.value, of_short.x, of_short.y);
-      sample_with_slopes(a.long_, run.n, c, grid_long, aligned.cells_long, run.count, of_long.value, of_long.x, of_long.y);
+      sample_with_slopes(a.short_, run.n, c, grid_short, aligned.cells_short, run.count, of_short.value, of_short.x,
+                         of_short.y);
+      sample_with_slopes(a.long_, run.n, c, grid_long, aligned.cells_long, run.count, of_long.value, of_long.x,
+                         of_long.y);
       const R *v_reference = read_run(a.reference, run, c, reference), *grad = read_run(a.out, run, c, incoming);
       with_base<R>(a, run, c, [&](auto base) {
-        fuse_value_gradients(run.count, base, aligned.mask_short, aligned.mask_long, grad, v_reference, of_short, of_long, w,
-                             sums, grad_reference);
+        fuse_value_gradients(run.count, base, aligned.mask_short, aligned.mask_long, grad, v_reference, of_short,
+                             of_long, w, sums, grad_reference);
       });
       store_if_needed(grad_reference, a.grad_reference, run, c);
       const R* ldr = a.grad_ldr.data != nullptr ? read_run(a.ldr, run, c, z) : nullptr;
@@ -194,10 +198,10 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-void set_inputs(FuseArguments& a, const Tensor& short_, const Tensor& reference, const Tensor& long_, const Tensor& flow_short,
-                const Tensor& flow_long, const Tensor& mask_short, const Tensor& mask_long, const OptionalTensor& ldr,
-                const OptionalTensor& weight_short, const OptionalTensor& weight_reference, const OptionalTensor& weight_long,
-                bool mask_logits) {
+void set_inputs(FuseArguments& a, const Tensor& short_, const Tensor& reference, const Tensor& long_,
+                const Tensor& flow_short, const Tensor& flow_long, const Tensor& mask_short, const Tensor& mask_long,
+                const OptionalTensor& ldr, const OptionalTensor& weight_short, const OptionalTensor& weight_reference,
+                const OptionalTensor& weight_long, bool mask_logits) {
   a.short_ = view(short_), a.reference = view(reference), a.long_ = view(long_);
   a.flow_short = view(flow_short), a.flow_long = view(flow_long);
   a.mask_short = view(mask_short), a.mask_long = view(mask_long);
@@ -211,8 +215,8 @@ Tensor fused_fuse(Tensor short_, Tensor reference, Tensor long_, Tensor flow_sho
                   OptionalTensor weight_long, bool mask_logits) {
   Tensor out = empty_image(short_);
   FuseArguments a{};
-  set_inputs(a, short_, reference, long_, flow_short, flow_long, mask_short, mask_long, ldr, weight_short, weight_reference,
-             weight_long, mask_logits);
+  set_inputs(a, short_, reference, long_, flow_short, flow_long, mask_short, mask_long, ldr, weight_short,
+             weight_reference, weight_long, mask_logits);
   a.out = view(out);
   for_rows(a.out, SAFNET_KERNEL(fuse_rows), a);
   return out;
@@ -224,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor mask_long, OptionalTensor ldr, OptionalTensor weight_short, OptionalTensor weight_reference,
     OptionalTensor weight_long, bool mask_logits, int64_t needs, bool /*deterministic*/) {
   FuseBackwardArguments a{};
-  set_inputs(a, short_, reference, long_, flow_short, flow_long, mask_short, mask_long, ldr, weight_short, weight_reference,
-             weight_long, mask_logits);
+  set_inputs(a, short_, reference, long_, flow_short, flow_long, mask_short, mask_long, ldr, weight_short,
+             weight_reference, weight_long, mask_logits);
   a.out = view(grad);
 
   bool any_pixelwise = false;

@@ -51,7 +51,7 @@ struct TriangleBase {
 };
 template <class R>
 struct GivenBase {
-  const R *__restrict a, *__restrict b, *__restrict c;
+  const R* __restrict a, * __restrict b, * __restrict c;
   SAFNET_INLINE Weights<R> operator[](int i) const { return {a[i], b[i], c[i]}; }
 };
 

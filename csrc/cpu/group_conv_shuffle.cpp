@@ -100,8 +100,7 @@ void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         R* to = packed + ((g * a.channels_out + o) * a.channels_in + c * block) * taps;
         for (int64_t t = 0; t < taps; ++t)
-          for (int64_t m = 0; m < block; ++m)
-            to[t * block + m] = weight_at<R>(a, g, o + m, c, a.grid.tap[t].weight);
+          for (int64_t m = 0; m < block; ++m) to[t * block + m] = weight_at<R>(a, g, o + m, c, a.grid.tap[t].weight);
       }
     }
 }
@@ -145,10 +144,8 @@ void finish_tile(const ConvolutionArguments& a, const Place& place, const Worksp
         R* sum = values + c * work.sums.channel;
         for (int64_t i = 0; i < place.columns; ++i) sum[i] = sum[i] > 0 ? sum[i] : sum[i] * slope;
       }
-    if (a.shuffled && one_group)
-      store_channels(work.rows, channels, a.out, span, first / channels, a.groups);
-    else
-      store_channels(work.rows, channels, a.out, span, first, 1);
+    if (a.shuffled && one_group) store_channels(work.rows, channels, a.out, span, first / channels, a.groups);
+    else store_channels(work.rows, channels, a.out, span, first, 1);
   }
 }
 
@@ -181,10 +178,8 @@ void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t 
 
 template <class R>
 void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  if (a.winograd)
-    convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
-  else
-    convolve_by<R, ByDefinition<R>>(a, a.grid.taps, begin, end);
+  if (a.winograd) convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
+  else convolve_by<R, ByDefinition<R>>(a, a.grid.taps, begin, end);
 }
 
 // Sum of a run of numbers: vectors first, so that the order is fixed.
@@ -298,17 +293,10 @@ SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLa
       const R* in = packed + c * tile.channel_pitch;
       R* to = out + o * out_channel + c * 9;
       switch (block) {
-        case 1:
-          correlate_taps<R, 1>(a.grid, tile, place, in, grad, to, out_channel);
-          break;
-        case 2:
-          correlate_taps<R, 2>(a.grid, tile, place, in, grad, to, out_channel);
-          break;
-        case 3:
-          correlate_taps<R, 3>(a.grid, tile, place, in, grad, to, out_channel);
-          break;
-        default:
-          correlate_taps<R, 4>(a.grid, tile, place, in, grad, to, out_channel);
+        case 1: correlate_taps<R, 1>(a.grid, tile, place, in, grad, to, out_channel); break;
+        case 2: correlate_taps<R, 2>(a.grid, tile, place, in, grad, to, out_channel); break;
+        case 3: correlate_taps<R, 3>(a.grid, tile, place, in, grad, to, out_channel); break;
+        default: correlate_taps<R, 4>(a.grid, tile, place, in, grad, to, out_channel);
       }
     }
   }
@@ -416,8 +404,8 @@ constexpr int64_t kConvolvedBytes = 288 << 10, kCorrelatedBytes = 768 << 10;
 // Of a tile's transformed input and products.
 constexpr int64_t kWinogradBytes = 288 << 10;
 
-// Limits a tile's rows, which its memory suggests, to a multiple of `unit` that occupies several threads and divides the
-// picture evenly.
+// Limits a tile's rows, which its memory suggests, to a multiple of `unit` that occupies several threads and divides
+// the picture evenly.
 void cut_rows(TapGrid& grid, int64_t pictures, int64_t unit) {
   constexpr int64_t kEnoughTiles = 16;
   const int64_t units = divide_up(divide_up(grid.height, grid.row_step), unit);
@@ -473,8 +461,9 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
   return grid;
 }
 
-// Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights where
-// the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole vectors.
+// Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights
+// where the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole
+// vectors.
 bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_out) {
   const int64_t step = grid.row_step;
   return grid.in_stride == 1 && grid.taps == kMostTaps && (step == 1 || step == 2 || step == 4) &&
@@ -486,8 +475,7 @@ bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in,
 void run(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
   a.winograd = a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out);
-  if (a.winograd)
-    cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
+  if (a.winograd) cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
   else
     cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
                    a.input.type, kConvolvedBytes);
@@ -560,10 +548,8 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   a.out = grad_weight.data_ptr();
   a.grid = forward_grid(input, grad, stride, dilation);
   a.winograd = winograd_serves(a.grid, input.size[0], a.channels_in, a.channels_out);
-  if (a.winograd)
-    cut_into_winograd_tiles(a.grid, input.size[0], a.channels_in + a.channels_out, a.input.type);
-  else
-    cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
+  if (a.winograd) cut_into_winograd_tiles(a.grid, input.size[0], a.channels_in + a.channels_out, a.input.type);
+  else cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
   a.tiles = tile_count(a.grid, input.size[0]);
   const int64_t weights = grad_weight.numel();
   // Enough parts for many threads, in at most 4 million numbers.
@@ -618,7 +604,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_conv_shuffle_backward(
   Tensor grad_bias = vector_gradient(needed(2)), grad_slope = vector_gradient(needed(3));
   Tensor grad_residual = needed(4) ? empty(out_size, type, is_channels_last(input)) : empty({0}, type);
   if (grad.numel() == 0 || input.numel() == 0 || weight.numel() == 0) {
-    for (Tensor* result : {&grad_input, &grad_weight, &grad_bias, &grad_slope, &grad_residual}) torch::stable::zero_(*result);
+    for (Tensor* result : {&grad_input, &grad_weight, &grad_bias, &grad_slope, &grad_residual})
+      torch::stable::zero_(*result);
     return {grad_input, grad_weight, grad_bias, grad_slope, grad_residual};
   }
   // Before activation and shuffle the gradient is that of the residual; with neither it is the one that came.

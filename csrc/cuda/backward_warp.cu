@@ -83,10 +83,11 @@ struct WarpBackwardArguments {
   bool need_image, need_flow, measuring;
 };
 
-// Lanes hold neighbouring pixels (kLanes 1), so that atomics of a warp fall into few sectors; threadIdx.y takes a share of the
-// channels. Or, for channels_last, groups of kLanes lanes share a pixel and take neighbouring channels.
+// Lanes hold neighbouring pixels (kLanes 1), so that atomics of a warp fall into few sectors; threadIdx.y takes a share
+// of the channels. Or, for channels_last, groups of kLanes lanes share a pixel and take neighbouring channels.
 template <class T, class Index, bool kDeterministic, int kLanes>
-__global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_constant__ WarpBackwardArguments<T, Index> b) {
+__global__ void __launch_bounds__(kThreads, 2)
+    warp_backward(const __grid_constant__ WarpBackwardArguments<T, Index> b) {
   using R = Real<T>;
   const WarpArguments<T, Index>& a = b.forward;
   const Index item = thread_item<Index>() / kLanes;
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_consta
   const Cell<R, Index> sum_cell = locate(b.grad_image, pixel, Index(0), flow_x, flow_y, a.height, a.width);
   const CellSteps<Index> sum_steps = cell_steps(b.grad_image, a.height, a.width);
   Scatter<R, kDeterministic> scatter(b.scatter, b.measuring);
-  const Handover handover = kLanes == 1 && b.need_image ? plan_handover(active, sum_cell.offset, sum_steps.x) : Handover{};
+  const Handover handover =
+      kLanes == 1 && b.need_image ? plan_handover(active, sum_cell.offset, sum_steps.x) : Handover{};
 
   const int32_t share = kLanes == 1 ? blockDim.y : kLanes;
   const T* grad = a.out.data + a.out.at(pixel.n, pixel.y, pixel.x);
@@ -118,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_consta
       sum_y += g * bilinear_dy(v.v00, v.v01, v.v10, v.v11, cell.fraction_x);
     }
     if (b.need_image)
-      scatter_cell(scatter, busy, handover, sum_cell.offset + c * b.grad_image.c, sum_steps, cell.fraction_x, cell.fraction_y, g);
+      scatter_cell(scatter, busy, handover, sum_cell.offset + c * b.grad_image.c, sum_steps, cell.fraction_x,
+                   cell.fraction_y, g);
   }
   if (b.need_image) scatter.finish();
   if (!b.need_flow) return;
@@ -183,7 +186,8 @@ Tensor backward_warp(const Tensor& image, const Tensor& flow) {
       WarpArguments<T, Index> arguments = warp_arguments<T, Index>(image, flow, out);
       if (allows_channel_packs(image) && allows_channel_packs(out)) {
         arguments.items *= image.size(1) / kPackChannels<T>;
-        launch("backward_warp", &warp_channels_last<T, Index>, elementwise_plan(arguments.items), scope.stream, arguments);
+        launch("backward_warp", &warp_channels_last<T, Index>, elementwise_plan(arguments.items), scope.stream,
+               arguments);
         return;
       }
       const bool vectors = allows_vectors(flow, kVectorPixels) && allows_vectors(out, kVectorPixels);
@@ -196,8 +200,8 @@ Tensor backward_warp(const Tensor& image, const Tensor& flow) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad, const Tensor& image, const Tensor& flow, int64_t needs,
-                                                  bool deterministic) {
+std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad, const Tensor& image, const Tensor& flow,
+                                                  int64_t needs, bool deterministic) {
   const bool need_image = is_needed(needs, WarpInput::kImage), need_flow = is_needed(needs, WarpInput::kFlow);
   const DeviceScope scope(image);
   const ScatteredGradient grad_image(image, need_image, deterministic, scope.stream);
@@ -218,7 +222,8 @@ std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad, const Tens
                                                 false};
       const int64_t pixels = arguments.forward.items, channels = image.size(1);
       const bool grouped = is_channels_last(image) && channels >= kLaneGroup;
-      const Plan plan = grouped ? elementwise_plan(pixels * kLaneGroup) : warp_backward_plan(pixels, channels, sizeof(Real<T>)).plan;
+      const Plan plan =
+          grouped ? elementwise_plan(pixels * kLaneGroup) : warp_backward_plan(pixels, channels, sizeof(Real<T>)).plan;
       const auto add = grouped ? &warp_backward<T, Index, false, kLaneGroup> : &warp_backward<T, Index, false, 1>;
       const auto add_fixed = grouped ? &warp_backward<T, Index, true, kLaneGroup> : &warp_backward<T, Index, true, 1>;
       if (need_image && deterministic) {

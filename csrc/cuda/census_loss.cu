@@ -1,7 +1,7 @@
 // census_loss on CUDA: the grey values of a tile and its surroundings lie in shared memory; no patch is ever stored.
 //
-// Two pixels' normalised difference changes sign when they swap roles, and its square does not: the forward evaluates each pair
-// of pixels once, and counts it for those of the two whose window lies inside the picture.
+// Two pixels' normalised difference changes sign when they swap roles, and its square does not: the forward evaluates
+// each pair of pixels once, and counts it for those of the two whose window lies inside the picture.
 #include "cuda/host.h"
 
 namespace safnet::cuda {
@@ -9,7 +9,8 @@ namespace safnet::cuda {
 constexpr int kTileWidth = 32, kTileHeight = 32, kRowsPerThread = 4;
 constexpr int kLargestRadius = 7;
 
-// The tile's pixels, and `above` rows before, `radius` rows after, `radius` columns on both sides; zero outside the picture.
+// The tile's pixels, and `above` rows before, `radius` rows after, `radius` columns on both sides; zero outside the
+// picture.
 struct CensusPlan {
   Plan plan;
   int64_t blocks;
@@ -70,7 +71,8 @@ struct Pair {
 };
 
 template <class T, class Index>
-__device__ __forceinline__ Real<T> grey(const View<T, Index>& picture, Index n, int32_t y, int32_t x, int32_t channels) {
+__device__ __forceinline__ Real<T> grey(const View<T, Index>& picture, Index n, int32_t y, int32_t x,
+                                        int32_t channels) {
   const T* pixel = picture.data + picture.at(n, static_cast<Index>(y), static_cast<Index>(x));
   Real<T> sum = 0;
   for (int32_t c = 0; c < channels; ++c) sum += to_real(read_only(pixel + c * picture.c));
@@ -291,7 +293,8 @@ Tensor census_loss(const Tensor& prediction, const Tensor& target, int64_t patch
   return loss;
 }
 
-Tensor census_loss_backward(const Tensor& grad, const Tensor& prediction, const Tensor& target, int64_t patch_size, bool) {
+Tensor census_loss_backward(const Tensor& grad, const Tensor& prediction, const Tensor& target, int64_t patch_size,
+                            bool) {
   const DeviceScope scope(prediction);
   Tensor grad_prediction = empty_image(prediction);
   if (prediction.numel() == 0) return grad_prediction;
@@ -307,7 +310,8 @@ Tensor census_loss_backward(const Tensor& grad, const Tensor& prediction, const 
       const int radius = arguments.radius;
       const auto kernel = radius == 3 ? &census_backward<T, Index, 3> : &census_backward<T, Index, 0>;
       launch("census_loss_backward", kernel,
-             census_plan(prediction.size(0), prediction.size(2), prediction.size(3), radius, sizeof(R)).plan, scope.stream, arguments);
+             census_plan(prediction.size(0), prediction.size(2), prediction.size(3), radius, sizeof(R)).plan,
+             scope.stream, arguments);
     });
   });
   return grad_prediction;

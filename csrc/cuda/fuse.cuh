@@ -23,8 +23,8 @@ struct Alignment {
 };
 
 template <int kPixels, class T, class Index>
-__device__ __forceinline__ void load_base_weights(const FuseImages<T, Index>& a, const PixelRun<Index>& pixel, int32_t c,
-                                                  Weights<Real<T>>* base) {
+__device__ __forceinline__ void load_base_weights(const FuseImages<T, Index>& a, const PixelRun<Index>& pixel,
+                                                  int32_t c, Weights<Real<T>>* base) {
   using R = Real<T>;
   const auto read = [&](const View<T, Index>& view, R* values) {
     load<kPixels>(view.data + view.at(pixel.n, pixel.y, pixel.x) + c * view.c, values);
@@ -59,9 +59,10 @@ __device__ __forceinline__ void fuse_channels(const FuseImages<T, Index>& a, con
       const Cell<R, Index>&cell_short = alignment.cell_short[k], &cell_long = alignment.cell_long[k];
       const R v_short = corners(a.short_.data + c * a.short_.c, cell_short.offset, steps_short)
                             .sample(cell_short.fraction_x, cell_short.fraction_y);
-      const R v_long =
-          corners(a.long_.data + c * a.long_.c, cell_long.offset, steps_long).sample(cell_long.fraction_x, cell_long.fraction_y);
-      fused[k] = weighted_mean(reweight(base[k], alignment.mask_short[k], alignment.mask_long[k]), v_short, reference[k], v_long);
+      const R v_long = corners(a.long_.data + c * a.long_.c, cell_long.offset, steps_long)
+                           .sample(cell_long.fraction_x, cell_long.fraction_y);
+      fused[k] = weighted_mean(reweight(base[k], alignment.mask_short[k], alignment.mask_long[k]), v_short,
+                               reference[k], v_long);
     }
     store<kPixels>(a.out.data + a.out.at(pixel.n, pixel.y, pixel.x) + c * a.out.c, fused);
   }

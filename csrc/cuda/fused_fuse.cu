@@ -1,4 +1,5 @@
-// fused_fuse on CUDA. The formulas are in math/fusion.h and math/bilinear.h; the Python function documents shapes and borders.
+// fused_fuse on CUDA. The formulas are in math/fusion.h and math/bilinear.h; the Python function documents shapes and
+// borders.
 #include "cuda/fuse_host.h"
 #include "cuda/scatter_host.h"
 
@@ -47,7 +48,19 @@ __global__ void __launch_bounds__(kThreads) fuse(const __grid_constant__ FuseArg
 }
 
 // The operator's tensors in the order of its schema; one bit of `needs` for each.
-enum Input { kShort, kReference, kLong, kFlowShort, kFlowLong, kMaskShort, kMaskLong, kLdr, kWeightShort, kWeightReference, kWeightLong };
+enum Input {
+  kShort,
+  kReference,
+  kLong,
+  kFlowShort,
+  kFlowLong,
+  kMaskShort,
+  kMaskLong,
+  kLdr,
+  kWeightShort,
+  kWeightReference,
+  kWeightLong
+};
 constexpr int kInputs = kWeightLong + 1;
 
 template <class T, class Index>
@@ -74,8 +87,9 @@ struct Exposure {
 
   template <class T>
   __device__ __forceinline__ Exposure(const FuseArguments<T, Index>& a, const PixelRun<Index>& pixel, bool active,
-                                      const View<T, Index>& image, const View<T, Index>& sums, const GeometryView<Index>& flow,
-                                      const GeometryView<Index>& mask_view, bool scatters) {
+                                      const View<T, Index>& image, const View<T, Index>& sums,
+                                      const GeometryView<Index>& flow, const GeometryView<Index>& mask_view,
+                                      bool scatters) {
     const int32_t height = a.images.height, width = a.images.width;
     R flow_x, flow_y;
     const Index flow_offset = flow.at(pixel.n, pixel.y, pixel.x);
@@ -96,8 +110,9 @@ struct Exposure {
   }
 
   template <class T>
-  __device__ __forceinline__ void store_geometry_gradients(const PixelRun<Index>& pixel, const GeometryView<Index>& flow,
-                                                           bool need_flow, const GeometryView<Index>& mask_view, bool need_mask,
+  __device__ __forceinline__ void store_geometry_gradients(const PixelRun<Index>& pixel,
+                                                           const GeometryView<Index>& flow, bool need_flow,
+                                                           const GeometryView<Index>& mask_view, bool need_mask,
                                                            bool logits) const {
     if (need_flow) {
       const Index offset = flow.at(pixel.n, pixel.y, pixel.x);
@@ -105,11 +120,13 @@ struct Exposure {
       store_geometry<T>(flow, offset + flow.c, inside_y ? sum_y : R(0));
     }
     if (need_mask)
-      store_geometry<T>(mask_view, mask_view.at(pixel.n, pixel.y, pixel.x), logits ? sum_mask * mask * (1 - mask) : sum_mask);
+      store_geometry<T>(mask_view, mask_view.at(pixel.n, pixel.y, pixel.x),
+                        logits ? sum_mask * mask * (1 - mask) : sum_mask);
   }
 };
 
-// A thread takes one pixel, so that lanes hold neighbours (see scatter.cuh). Only what the needed gradients depend on is read.
+// A thread takes one pixel, so that lanes hold neighbours (see scatter.cuh). Only what the needed gradients depend on
+// is read.
 template <class T, class Index, bool kDeterministic>
 __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant__ FuseBackwardArguments<T, Index> b) {
   using R = Real<T>;
@@ -118,8 +135,10 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
   const Index item = thread_item<Index>();
   const bool active = item < images.items;
   const PixelRun<Index> pixel = pixel_run<1>(active ? item : Index(0), images.height, images.width);
-  Exposure<R, Index> exposure_short(a, pixel, active, images.short_, b.grad_short, a.flow_short, a.mask_short, b.need(kShort));
-  Exposure<R, Index> exposure_long(a, pixel, active, images.long_, b.grad_long, a.flow_long, a.mask_long, b.need(kLong));
+  Exposure<R, Index> exposure_short(a, pixel, active, images.short_, b.grad_short, a.flow_short, a.mask_short,
+                                    b.need(kShort));
+  Exposure<R, Index> exposure_long(a, pixel, active, images.long_, b.grad_long, a.flow_long, a.mask_long,
+                                   b.need(kLong));
   Scatter<R, kDeterministic> scatter_short(b.scatter_short, b.measuring && b.need(kShort));
   Scatter<R, kDeterministic> scatter_long(b.scatter_long, b.measuring && b.need(kLong));
 
@@ -134,12 +153,15 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
     Weights<R> base;
     load_base_weights<1>(images, pixel, c, &base);
     const Weights<R> w = reweight(base, exposure_short.mask, exposure_long.mask);
-    // Gradients with respect to the weighted sum's terms: out = (w.a v_short + w.b v_reference + w.c v_long) / sum of weights.
+    // Gradients with respect to the weighted sum's terms: out = (w.a v_short + w.b v_reference + w.c v_long) / sum of
+    // weights.
     const R grad = active ? to_real(read_only(here(images.out, c))) * inverse_sum(w) : R(0);
     Corners<R> corners_short{}, corners_long{};
     if (read_short)
-      corners_short = corners(images.short_.data + c * images.short_.c, exposure_short.cell.offset, exposure_short.steps);
-    if (read_long) corners_long = corners(images.long_.data + c * images.long_.c, exposure_long.cell.offset, exposure_long.steps);
+      corners_short =
+          corners(images.short_.data + c * images.short_.c, exposure_short.cell.offset, exposure_short.steps);
+    if (read_long)
+      corners_long = corners(images.long_.data + c * images.long_.c, exposure_long.cell.offset, exposure_long.steps);
     const R v_reference = read_reference ? to_real(read_only(here(images.reference, c))) : R(0);
     const R v_short = corners_short.sample(exposure_short.cell.fraction_x, exposure_short.cell.fraction_y);
     const R v_long = corners_long.sample(exposure_long.cell.fraction_x, exposure_long.cell.fraction_y);
@@ -150,7 +172,8 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
     exposure_long.sum_mask += grad * base.c * (v_long - v_reference);
     if (b.need(kShort))
       scatter_cell(scatter_short, active, exposure_short.handover, exposure_short.sum_cell.offset + c * b.grad_short.c,
-                   exposure_short.sum_steps, exposure_short.cell.fraction_x, exposure_short.cell.fraction_y, grad * w.a);
+                   exposure_short.sum_steps, exposure_short.cell.fraction_x, exposure_short.cell.fraction_y,
+                   grad * w.a);
     if (b.need(kLong))
       scatter_cell(scatter_long, active, exposure_long.handover, exposure_long.sum_cell.offset + c * b.grad_long.c,
                    exposure_long.sum_steps, exposure_long.cell.fraction_x, exposure_long.cell.fraction_y, grad * w.c);
@@ -188,7 +211,8 @@ FuseArguments<T, Index> fuse_arguments(const FuseTensors& tensors, const Tensor&
 Tensor fused_fuse(const Tensor& short_, const Tensor& reference, const Tensor& long_, const Tensor& flow_short,
                   const Tensor& flow_long, const Tensor& mask_short, const Tensor& mask_long,
                   const std::optional<Tensor>& reference_ldr, const std::optional<Tensor>& weight_short,
-                  const std::optional<Tensor>& weight_reference, const std::optional<Tensor>& weight_long, bool mask_logits) {
+                  const std::optional<Tensor>& weight_reference, const std::optional<Tensor>& weight_long,
+                  bool mask_logits) {
   Tensor out = empty_image(short_);
   if (out.numel() == 0) return out;
   const DeviceScope scope(short_);
@@ -212,18 +236,26 @@ Tensor fused_fuse(const Tensor& short_, const Tensor& reference, const Tensor& l
   return out;
 }
 
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients fused_fuse_backward(const Tensor& grad, const Tensor& short_, const Tensor& reference, const Tensor& long_,
                               const Tensor& flow_short, const Tensor& flow_long, const Tensor& mask_short,
                               const Tensor& mask_long, const std::optional<Tensor>& reference_ldr,
                               const std::optional<Tensor>& weight_short, const std::optional<Tensor>& weight_reference,
-                              const std::optional<Tensor>& weight_long, bool mask_logits, int64_t needs, bool deterministic) {
+                              const std::optional<Tensor>& weight_long, bool mask_logits, int64_t needs,
+                              bool deterministic) {
   const DeviceScope scope(short_);
-  const Tensor* inputs[kInputs] = {&short_,    &reference, &long_,      &flow_short,
-                                   &flow_long, &mask_short, &mask_long, pointer(reference_ldr),
-                                   pointer(weight_short), pointer(weight_reference), pointer(weight_long)};
+  const Tensor* inputs[kInputs] = {&short_,
+                                   &reference,
+                                   &long_,
+                                   &flow_short,
+                                   &flow_long,
+                                   &mask_short,
+                                   &mask_long,
+                                   pointer(reference_ldr),
+                                   pointer(weight_short),
+                                   pointer(weight_reference),
+                                   pointer(weight_long)};
   const auto need = [&](int input) { return (needs >> input & 1) != 0 && inputs[input] != nullptr; };
   const ScatteredGradient grad_short(short_, need(kShort), deterministic, scope.stream);
   const ScatteredGradient grad_long(long_, need(kLong), deterministic, scope.stream);
@@ -251,14 +283,28 @@ Gradients fused_fuse_backward(const Tensor& grad, const Tensor& short_, const Te
     for_index(wide, [&](auto index) {
       using Index = typename decltype(index)::type;
       const auto image_view = [&](Input i) { return need(i) ? view<T, Index>(gradients[i]) : View<T, Index>{}; };
-      const auto geometry = [&](Input i) { return need(i) ? geometry_view<Index>(gradients[i]) : GeometryView<Index>{}; };
-      const FuseTensors tensors{short_, reference, long_, reference_ldr, weight_short, weight_reference, weight_long, grad};
+      const auto geometry = [&](Input i) {
+        return need(i) ? geometry_view<Index>(gradients[i]) : GeometryView<Index>{};
+      };
+      const FuseTensors tensors{short_,       reference,        long_,       reference_ldr,
+                                weight_short, weight_reference, weight_long, grad};
       FuseBackwardArguments<T, Index> arguments{
           fuse_arguments<T, Index>(tensors, flow_short, flow_long, mask_short, mask_long, mask_logits),
-          image_view(kShort), image_view(kLong), grad_short.arguments(), grad_long.arguments(),
-          image_view(kReference), image_view(kLdr), image_view(kWeightShort), image_view(kWeightReference), image_view(kWeightLong),
-          geometry(kFlowShort), geometry(kFlowLong), geometry(kMaskShort), geometry(kMaskLong),
-          bits, false};
+          image_view(kShort),
+          image_view(kLong),
+          grad_short.arguments(),
+          grad_long.arguments(),
+          image_view(kReference),
+          image_view(kLdr),
+          image_view(kWeightShort),
+          image_view(kWeightReference),
+          image_view(kWeightLong),
+          geometry(kFlowShort),
+          geometry(kFlowLong),
+          geometry(kMaskShort),
+          geometry(kMaskLong),
+          bits,
+          false};
       const Plan plan = elementwise_plan(arguments.forward.images.items);
       if (deterministic && (need(kShort) || need(kLong))) {
         arguments.measuring = true;

@@ -9,7 +9,14 @@
 #endif
 
 extern "C" SAFNET_EXPORT PyObject* PyInit__C_cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels of safnet_ops, for " SAFNET_ARCHITECTURES ".",
-                               -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "_C_cuda",
+                               "CUDA kernels of safnet_ops, for " SAFNET_ARCHITECTURES ".",
+                               -1,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
   return PyModule_Create(&module);
 }

@@ -18,7 +18,8 @@ template <class Real>
 SAFNET_INLINE Weights<Real> triangle_weights(Real z) {
   const Real above = z - Real(0.5), below = Real(0.5) - z;
   // "not smaller" lets a NaN through, as clamp does.
-  return {above < 0 ? Real(0) : above * 2, 1 - (2 * z - 1 < 0 ? 1 - 2 * z : 2 * z - 1), below < 0 ? Real(0) : below * 2};
+  return {above < 0 ? Real(0) : above * 2, 1 - (2 * z - 1 < 0 ? 1 - 2 * z : 2 * z - 1),
+          below < 0 ? Real(0) : below * 2};
 }
 
 // d loss / d z from the derivatives with respect to the three weights; one-sided at the kinks as autograd takes them.

@@ -1,5 +1,5 @@
-// The bits of `needs`, by which a backward operator is told the gradients to compute: one for each differentiable input, in
-// the order of safnet_ops/operators.py.
+// The bits of `needs`, by which a backward operator is told the gradients to compute: one for each differentiable
+// input, in the order of safnet_ops/operators.py.
 #pragma once
 
 #include <cstdint>
