@@ -1,4 +1,4 @@
-// The Python module safnet_ops._C_cuda: importing it registers the CUDA kernels (see SAFNET_REGISTER in host.h).
+// The Python module safnet_ops._C_cuda: importing it registers the CUDA kernels (see SAFNET_REGISTER in tensors.h).
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 

@@ -155,17 +155,17 @@ inline Plan activation_plan(int64_t pixels, int64_t channels, bool channels_toge
 // plain arithmetic kPairs x kPairs channels and tiles of kGradRows rows; on tensor cores 8 n x 16 channels.
 constexpr int kPairs = 8, kGradRows = 8, kGradColumns = 32, kQuarters = 4, kGradWarps = 8;
 
-struct WeightGradPlan {
+struct WeightGradientPlan {
   Plan plan;
   int64_t slices;
   int patch_height = 0, patch_width = 0;    // 0: the patch does not fit into shared memory
   int n = 0, rows = kGradRows, stages = 0;  // on tensor cores; no stages: impossible
 };
 
-inline WeightGradPlan weight_grad_tensor_plan(const ConvGeometry& g, int n, size_t element_bytes, int64_t shared_limit,
-                                              int64_t multiprocessors) {
+inline WeightGradientPlan weight_gradient_tensor_plan(const ConvGeometry& g, int n, size_t element_bytes,
+                                                      int64_t shared_limit, int64_t multiprocessors) {
   constexpr int64_t kIn = 16;
-  WeightGradPlan p;
+  WeightGradientPlan p;
   p.n = n;
   const int64_t blocks = divide_up(g.channels_out, 8 * n) * divide_up(g.channels_in, kIn);
   const int64_t width = patch_width(g, kGradColumns), chunks = divide_up(n, 2);
@@ -190,8 +190,8 @@ inline WeightGradPlan weight_grad_tensor_plan(const ConvGeometry& g, int n, size
   return p;
 }
 
-inline WeightGradPlan weight_grad_plan(const ConvGeometry& g, size_t bytes_of_real, int64_t shared_limit) {
-  WeightGradPlan p;
+inline WeightGradientPlan weight_gradient_plan(const ConvGeometry& g, size_t bytes_of_real, int64_t shared_limit) {
+  WeightGradientPlan p;
   const int64_t blocks = divide_up(g.channels_out, kPairs) * divide_up(g.channels_in, kPairs);
   const int64_t tiles = divide_up(g.out_height, kGradRows) * divide_up(g.out_width, kGradColumns) * g.batch;
   p.slices = std::clamp<int64_t>(std::min(divide_up(kBusyBlocks, blocks * g.groups), tiles), 1, 65535);

@@ -5,7 +5,7 @@
 // value, which sets the scale; the three lowest bits of a sum are flags that note NaN, +inf and -inf.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/sampling.cuh"
 
 namespace safnet::cuda {
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "cuda/host.h"
 #include "cuda/scatter.cuh"
+#include "cuda/tensors.h"
 
 namespace safnet::cuda {
 

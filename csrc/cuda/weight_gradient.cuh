@@ -3,12 +3,12 @@
 // the order of blocks.
 #pragma once
 
-#include "cuda/conv_tiles.cuh"
+#include "cuda/convolution.cuh"
 
 namespace safnet::cuda {
 
 template <class T, class Index>
-struct WeightGradArguments {
+struct WeightGradientArguments {
   View<T, Index> input, grad;  // grad: before PReLU and shuffle
   Real<T>* partial;            // [slice][weight]
   int32_t in_height, in_width, out_height, out_width, tiles_x, tiles_y;
@@ -23,7 +23,7 @@ struct WeightGradArguments {
 
 template <class T, class Index>
 __global__ void __launch_bounds__(kThreads, 2)
-    weight_gradient(const __grid_constant__ WeightGradArguments<T, Index> a) {
+    weight_gradient(const __grid_constant__ WeightGradientArguments<T, Index> a) {
   using R = Real<T>;
   extern __shared__ __align__(128) unsigned char shared[];
   const int patch_size = a.patch_height * a.patch_width;
@@ -106,12 +106,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 // a row. Both factors lie in shared memory with channels innermost, and ldmatrix turns them round. A warp takes every
 // eighth row of a tile and keeps all nine taps' sums: nine shifted reads of the input share one read of the gradient.
 template <class T, class Index, int kN>
-struct WeightGradTile {
+struct WeightGradientTile {
   static constexpr int kOut = kN * 8, kIn = 16, kGradChunks = (kN + 1) / 2;
   static constexpr int kOutPitch = kIn * kTaps + 4;  // floats; the rest keeps lanes' writes off each other's banks
   static constexpr int kSums = kTaps * kN * 4;       // of a lane
 
-  const WeightGradArguments<T, Index>& a;
+  const WeightGradientArguments<T, Index>& a;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_out = blockIdx.x / a.blocks_in * kOut, first_in = blockIdx.x % a.blocks_in * kIn;
   const int patch_bytes = a.patch_height * a.patch_width * kChunkBytes,
@@ -213,9 +213,9 @@ struct WeightGradTile {
 
 template <class T, class Index, int kN>
 __global__ void __launch_bounds__(kGradWarps * 32, 1)
-    weight_gradient_tensor(const __grid_constant__ WeightGradArguments<T, Index> a) {
+    weight_gradient_tensor(const __grid_constant__ WeightGradientArguments<T, Index> a) {
   extern __shared__ __align__(128) unsigned char shared[];
-  WeightGradTile<T, Index, kN> tile{a};
+  WeightGradientTile<T, Index, kN> tile{a};
   const int stage_bytes = tile.patch_bytes + tile.kGradChunks * tile.grad_bytes;
   const auto tiles = static_cast<unsigned>(a.tiles);
   unsigned next = blockIdx.y;

@@ -8,8 +8,8 @@
 
 namespace safnet {
 
-template <class Input>
-SAFNET_INLINE constexpr bool is_needed(int64_t needs, Input input) {
+template <class Bits, class Input>
+SAFNET_INLINE constexpr bool is_needed(Bits needs, Input input) {
   return (needs >> static_cast<int>(input) & 1) != 0;
 }
 
