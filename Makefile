@@ -61,6 +61,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(RUN) mypy
 
+# For editors and clang tools; compiles nothing.
+compile_commands.json: $(VENV)/tools.stamp $(SOURCES)
+	$(BIN)/python setup.py --quiet compile_commands
+
 format: $(VENV)/dev.stamp
 	$(BIN)/clang-format -i $(NATIVE)
 	$(BIN)/ruff format .
@@ -70,4 +74,4 @@ gpu:
 	$(PYTHON) -m tools.gpu $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) build demo safnet_ops/*.so safnet_ops/build_report.json
+	rm -rf $(VENV) build demo compile_commands.json safnet_ops/*.so safnet_ops/build_report.json
