@@ -454,8 +454,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_conv_shuffle_backward(
     Tensor grad_out, Tensor preactivation, Tensor input, Tensor weight, std::optional<Tensor> prelu_weight,
     int64_t groups, int64_t stride, int64_t dilation, int64_t needs, bool /*deterministic: these kernels always are*/) {
   const bool need_input = is_needed(needs, ConvInput::kInput), need_weight = is_needed(needs, ConvInput::kWeight);
-  const bool need_bias = is_needed(needs, ConvInput::kBias), need_slope = is_needed(needs, ConvInput::kPreluWeight);
-  const bool need_residual = is_needed(needs, ConvInput::kResidual);
+  const bool need_bias = is_needed(needs, ConvInput::kBias), need_residual = is_needed(needs, ConvInput::kResidual);
+  const bool need_slope = is_needed(needs, ConvInput::kPreluWeight) && prelu_weight.has_value();
   const ScalarType type = input.scalar_type();
   const int64_t channels = weight.size(0);
   const auto vector_gradient = [&](bool wanted) { return empty({wanted ? channels : 0}, type); };

@@ -23,7 +23,7 @@ constexpr int kFixedWords = std::is_same_v<R, double> ? 2 : 1;
 // What a kernel needs to know about one scattered gradient. `sums` has the layout of the gradient tensor.
 struct ScatterArguments {
   void* sums;                   // Real, or kFixedWords<Real> integers an element
-  unsigned long long* largest;  // bits of the largest finite magnitude; deterministic mode only
+  unsigned long long* largest;  // bits of the largest finite magnitude; null: not deterministic, or not needed
   int headroom;                 // log2 of how many values may meet in one sum
 };
 
@@ -76,7 +76,7 @@ class Scatter<R, true> {
       : sums_(static_cast<unsigned long long*>(arguments.sums)),
         largest_(arguments.largest),
         measuring_(measuring),
-        scale_(measuring ? 0 : *arguments.largest, arguments.headroom) {}
+        scale_(measuring || arguments.largest == nullptr ? 0 : *arguments.largest, arguments.headroom) {}
 
   template <class Index>
   __device__ __forceinline__ void add(Index offset, R value) {
