@@ -3,8 +3,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 struct Dim3 {
   unsigned x, y, z;
@@ -13,12 +15,14 @@ struct Dim3 {
 using LaunchCallback = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared,
                                void** arguments);
 using AllocationCallback = void (*)(void* data, size_t bytes);
+using SharedLimitCallback = void (*)(const char* kernel, int bytes);
 
 namespace {
 std::unordered_map<const void*, std::string> kernels;
-std::unordered_map<const void*, int> shared_limit;
+std::map<std::pair<const void*, int>, int> shared_limit;  // of a kernel on a device
 LaunchCallback on_launch = nullptr;
 AllocationCallback on_allocation = nullptr;
+SharedLimitCallback on_shared_limit = nullptr;
 int compute_capability = 90;
 constexpr int kInvalidValue = 1, kLaunchFailure = 719;
 constexpr int kMaxDynamicSharedMemorySize = 8;               // cudaFuncAttribute
@@ -30,8 +34,8 @@ int largest_shared() { return compute_capability < 80 ? 64 * 1024 : compute_capa
 
 extern "C" {
 
-void simulated_callbacks(LaunchCallback launch, AllocationCallback allocation) {
-  on_launch = launch, on_allocation = allocation;
+void simulated_callbacks(LaunchCallback launch, AllocationCallback allocation, SharedLimitCallback limit) {
+  on_launch = launch, on_allocation = allocation, on_shared_limit = limit;
 }
 void simulated_capability(int capability) { compute_capability = capability; }
 void simulated_allocation(void* data, size_t bytes) {
@@ -58,7 +62,7 @@ int __cudaPopCallConfiguration(Dim3*, Dim3*, size_t*, void*) { return kInvalidVa
 int cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void** arguments, size_t shared, void*) {
   const auto found = kernels.find(function);
   if (found == kernels.end() || on_launch == nullptr) return kInvalidValue;
-  const auto limit = shared_limit.find(function);
+  const auto limit = shared_limit.find({function, compute_capability});
   const size_t allowed = limit == shared_limit.end() ? 48 * 1024 : static_cast<size_t>(limit->second);
   if (shared > allowed || shared > static_cast<size_t>(largest_shared()) || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.y > 65535 || grid.z > 65535)
@@ -68,7 +72,9 @@ int cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void** argumen
 }
 
 int cudaFuncSetAttribute(const void* function, int attribute, int value) {
-  if (attribute == kMaxDynamicSharedMemorySize) shared_limit[function] = value;
+  if (attribute != kMaxDynamicSharedMemorySize || value > largest_shared()) return kInvalidValue;
+  shared_limit[{function, compute_capability}] = value;
+  if (on_shared_limit != nullptr) on_shared_limit(kernels[function].c_str(), value);
   return 0;
 }
 
@@ -89,8 +95,9 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
   }
 }
 
+// Every capability is a device of its own: what host code keeps of a device must not serve another.
 int cudaGetDevice(int* device) {
-  *device = 0;
+  *device = compute_capability;
   return 0;
 }
 

@@ -457,6 +457,7 @@ WeightGradientArguments<T, Index> weight_gradient_arguments(const ConvGeometry& 
   a.tiles_y = static_cast<int32_t>(divide_up(g.out_height, plan.rows));
   a.tiles = int64_t{a.tiles_x} * a.tiles_y * g.batch;
   a.channels_in = static_cast<int32_t>(g.channels_in), a.channels_out = static_cast<int32_t>(g.channels_out);
+  a.groups = static_cast<int32_t>(g.groups);
   a.stride = static_cast<int32_t>(g.stride), a.dilation = static_cast<int32_t>(g.dilation);
   a.patch_height = plan.patch_height, a.patch_width = plan.patch_width, a.rows = plan.rows, a.stages = plan.stages;
   a.copies_input_pieces = comes_in_pieces(input, g.channels_in);

@@ -204,9 +204,8 @@ inline WeightGradientPlan weight_gradient_plan(const ConvGeometry& g, size_t byt
   } else {
     patch = kPairs;
   }
-  p.plan.grid[0] = static_cast<uint32_t>(blocks);
+  p.plan.grid[0] = static_cast<uint32_t>(blocks * g.groups);  // z has room for 65535 groups only
   p.plan.grid[1] = static_cast<uint32_t>(p.slices);
-  p.plan.grid[2] = static_cast<uint32_t>(g.groups);
   p.plan.block[0] = kThreads;
   p.plan.shared_bytes = static_cast<uint32_t>(std::max(grads + patch, meeting) * static_cast<int64_t>(bytes_of_real));
   return p;

@@ -12,15 +12,18 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <limits>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.cuh"
 #include "cuda/plans.h"
 
-// Where kernels run on the CPU (tests/cuda), the operators are registered for CPU tensors, under a namespace of their
-// own.
+// Where kernels run on the CPU (simulated_gpu/), the operators are registered for CPU tensors, under a namespace of
+// their own.
 #if defined(SAFNET_OPS_SIMULATED)
 #define SAFNET_REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(safnet_ops_simulated, CPU, library)
 extern "C" void simulated_allocation(void* data, size_t bytes);
@@ -59,14 +62,25 @@ struct Identity {
   using type = T;
 };
 
+// Lets a kernel have all the shared memory that a block may take; beyond 48 KiB it has to ask. The limit belongs to the
+// kernel, not to a launch: set to what each needs, one thread could lower it before another's launch.
+inline void allow_most_shared_memory(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;  // kernels by device
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  allowed.insert({kernel, device});
+}
+
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), const Plan& plan, cudaStream_t stream,
             typename Identity<Parameters>::type... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (plan.shared_bytes > 48 * 1024)  // beyond that a kernel has to ask
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(plan.shared_bytes)),
-          name);
+  if (plan.shared_bytes > 48 * 1024) allow_most_shared_memory(function, name);
   void* pointers[] = {&arguments...};
   const dim3 grid(plan.grid[0], plan.grid[1], plan.grid[2]), block(plan.block[0], plan.block[1], plan.block[2]);
   check(cudaLaunchKernel(function, grid, block, pointers, plan.shared_bytes, stream), name);

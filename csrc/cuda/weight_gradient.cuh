@@ -13,7 +13,7 @@ struct WeightGradientArguments {
   Real<T>* partial;            // [slice][weight]
   int32_t in_height, in_width, out_height, out_width, tiles_x, tiles_y;
   int64_t tiles;  // of all pictures
-  int32_t channels_in, channels_out, blocks_in, stride, dilation, patch_height, patch_width;
+  int32_t groups, channels_in, channels_out, blocks_in, stride, dilation, patch_height, patch_width;
   int32_t rows, stages;                          // of a tile, on tensor cores
   bool copies_input_pieces, copies_grad_pieces;  // 16 bytes of channels lie together and aligned
 };
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int pitch_patch = patch_size | 1,
             pitch_grad = kGradRows * kGradColumns + 1;  // odd: channels in different banks
   R *grads = reinterpret_cast<R*>(shared), *patch = grads + kPairs * pitch_grad;
-  const int group = blockIdx.z, first_out = blockIdx.x / a.blocks_in * kPairs,
-            first_in = blockIdx.x % a.blocks_in * kPairs;
+  const int blocks = gridDim.x / a.groups, group = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int first_out = block / a.blocks_in * kPairs, first_in = block % a.blocks_in * kPairs;
   const int out = threadIdx.x % kPairs, in = threadIdx.x / kPairs % kPairs, quarter = threadIdx.x / (kPairs * kPairs);
   R sums[kTaps] = {};
   for (int64_t t = blockIdx.y; t < a.tiles; t += gridDim.y) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
   }
   if (quarter != 0 || first_out + out >= a.channels_out || first_in + in >= a.channels_in) return;
-  const int64_t weights = int64_t{gridDim.z} * a.channels_out * a.channels_in * kTaps;
+  const int64_t weights = int64_t{a.groups} * a.channels_out * a.channels_in * kTaps;
   const int64_t place = ((int64_t{group} * a.channels_out + first_out + out) * a.channels_in + first_in + in) * kTaps;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) a.partial[blockIdx.y * weights + place + tap] = sums[tap];
