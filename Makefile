@@ -9,7 +9,7 @@ BUILD_TOOLS := "setuptools>=77,<86" "ninja>=1.11,<2" "pybind11>=3.0,<4"
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python -m
 
-.PHONY: demo test bench lint sanitize release-check wheels gpu clean
+.PHONY: demo test bench lint format sanitize release-check wheels gpu clean
 
 # One stamp a set of packages; a change of the build or of the native sources installs again.
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -70,7 +70,10 @@ bench: $(VENV)/dev.stamp
 	$(RUN) pip install --quiet -e ".[bench]" --no-build-isolation
 	$(RUN) pytest bench
 
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh simulated_gpu/*.cpp)
+
 lint: $(VENV)/dev.stamp
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) mypy
@@ -84,9 +87,17 @@ wheels: $(VENV)/dev.stamp
 	$(RUN) pip install --quiet "cibuildwheel>=3,<5"
 	$(RUN) cibuildwheel --output-dir dist
 
+# For editors and clang tools; compiles nothing.
+compile_commands.json: $(VENV)/tools.stamp $(SOURCES)
+	$(BIN)/python setup.py --quiet compile_commands
+
+format: $(VENV)/dev.stamp
+	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/ruff format .
+
 # On a machine with a GPU, with the Python, torch and nvcc that are there; needs no network and makes no .venv.
 gpu:
 	$(PYTHON) -m tools.gpu $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) .venv-triton-* build dist demo safnet_ops/*.so safnet_ops/build_report.json
+	rm -rf $(VENV) .venv-triton-* build dist demo compile_commands.json safnet_ops/*.so safnet_ops/build_report.json

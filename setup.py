@@ -2,7 +2,7 @@
 
 from setuptools import Extension, setup
 
-from build_tools.build_extensions import BuildExtensions
+from build_tools.build_extensions import BuildExtensions, CompileCommands
 
 modules = [Extension("safnet_ops._C", []), Extension("safnet_ops._C_cuda", [])]
-setup(ext_modules=modules, cmdclass={"build_ext": BuildExtensions})
+setup(ext_modules=modules, cmdclass={"build_ext": BuildExtensions, "compile_commands": CompileCommands})

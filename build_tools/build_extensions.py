@@ -61,6 +61,9 @@ class BuildExtensions(build_ext):
             self._build_cuda(modules["safnet_ops._C_cuda"])
         self._write_report({"_C_cuda": reason} if reason else {})
 
+    def _ninja(self, file: "NinjaFile") -> None:
+        file.run(os.environ.get("MAX_JOBS"))
+
     def _why_not(self) -> str | None:
         if os.environ.get("SAFNET_OPS_BUILD") == "0":
             return "SAFNET_OPS_BUILD=0 is set"
@@ -148,7 +151,7 @@ class BuildExtensions(build_ext):
         self._decide(
             f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else "")
         )
-        ninja.run(jobs)
+        self._ninja(ninja)
 
     def _why_not_cuda(self) -> str | None:
         import torch
@@ -199,7 +202,7 @@ class BuildExtensions(build_ext):
         self._decide(
             f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else "")
         )
-        ninja.run(jobs)
+        self._ninja(ninja)
 
     def _instruction_sets(self) -> dict[str, list[str]]:
         variants: dict[str, list[str]] = {"baseline": []}
@@ -222,6 +225,34 @@ class BuildExtensions(build_ext):
         import torch
 
         return [sysconfig.get_path("include"), pybind11.get_include(), str(Path(torch.__file__).parent / "include")]
+
+
+class CompileCommands(BuildExtensions):
+    """Writes compile_commands.json for editors and clang tools: all of csrc/, CUDA where nvcc is, and compiles nothing."""
+
+    description = "write compile_commands.json"
+
+    def run(self) -> None:
+        self.commands: list[dict[str, str]] = []
+        super().run()
+        if not self.commands:
+            raise SystemExit(f"compile_commands: nothing to compile: {self.decisions[-1]}")
+        partial = ROOT / "compile_commands.json.partial"
+        partial.write_text(json.dumps(self.commands, indent=1) + "\n")
+        partial.replace(ROOT / "compile_commands.json")
+
+    def _decide(self, decision: str) -> None:
+        self.decisions.append(decision)
+
+    def _ninja(self, file: "NinjaFile") -> None:
+        self.commands += file.compilations()
+
+    def _why_not_cuda(self) -> str | None:
+        self.toolkit = cuda_toolkit.find_toolkit()
+        return None if self.toolkit else "nvcc was not found"
+
+    def _write_report(self, missing: dict[str, str]) -> None:
+        """Nothing was built: the report of what was stays."""
 
 
 class NinjaFile:
@@ -261,6 +292,13 @@ class NinjaFile:
         self.file.close()
         ninja = [sys.executable, "-m", "ninja", "-C", str(self.folder)]
         subprocess.run([*ninja, "-j", jobs] if jobs else ninja, check=True)
+
+    def compilations(self) -> list[dict[str, str]]:
+        """What `run` would compile, as entries of a compile_commands.json."""
+        self.file.close()
+        rules = ["compile", "compile_cuda"] if self.knows_cuda else ["compile"]
+        ninja = [sys.executable, "-m", "ninja", "-C", str(self.folder), "--quiet", "-t", "compdb", *rules]
+        return json.loads(subprocess.run(ninja, capture_output=True, text=True, check=True).stdout)
 
 
 def _quote(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 # Turing to Blackwell; the newest also as PTX, for GPUs to come. nvcc 13.0 is the newest checked (2026-11).
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_ARCHITECTURE = (7, 5)
+OLDEST_SPECIFIC_ARCHITECTURE = (9, 0)  # "9.0a": all that this GPU has and no other
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,17 @@ def architectures(toolkit: Toolkit) -> list[str]:
         default = [name for name in DEFAULT_ARCHITECTURES if name in known]
         return [*default[:-1], f"{default[-1]}+PTX"]
     for entry in wish:
-        found = re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", entry)
+        found = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry)
         if found is None:
             raise SystemExit(
                 f"safnet-ops build: TORCH_CUDA_ARCH_LIST: expected entries such as 8.6 or 9.0+PTX, got {entry!r}"
             )
         if (int(found[1]), int(found[2])) < OLDEST_ARCHITECTURE:
             raise SystemExit(f"safnet-ops build: TORCH_CUDA_ARCH_LIST: the kernels need 7.5 or newer, got {entry!r}")
+        if found[3] and (int(found[1]), int(found[2])) < OLDEST_SPECIFIC_ARCHITECTURE:
+            raise SystemExit(
+                f"safnet-ops build: TORCH_CUDA_ARCH_LIST: there is no {entry!r}: only 9.0 and newer have an 'a'"
+            )
         if f"{found[1]}.{found[2]}" not in known:
             raise SystemExit(f"safnet-ops build: TORCH_CUDA_ARCH_LIST: {toolkit.nvcc} does not compile for {entry!r}")
     return wish
@@ -102,12 +107,12 @@ def architecture_flags(wanted: list[str]) -> list[str]:
     """The -gencode flags of entries such as "8.6" and "9.0+PTX".
 
     The kernels use nothing newer than sm_80 has, so that one PTX, compiled once, becomes machine code for all GPUs from
-    there on.
+    there on. An entry such as "9.0a" is compiled for that GPU alone.
     """
     flags = []
     for entry in wanted:
-        number = int(entry.removesuffix("+PTX").removesuffix("a").replace(".", ""))
-        virtual = 75 if number < 80 else 80
+        number = entry.removesuffix("+PTX").replace(".", "")
+        virtual = number if number.endswith("a") else "75" if int(number) < 80 else "80"
         flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{virtual},code=compute_{virtual}")

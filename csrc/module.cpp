@@ -55,9 +55,12 @@ bool force_64bit_offsets() { return forced_64bit.load(std::memory_order_relaxed)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of safnet_ops.";
-  m.def("build_info", &safnet::build_info, "How this module was built: compiler, torch version, instruction sets, flags.");
-  m.def("instruction_set", [] { return safnet::name(safnet::instruction_set()); },
-        "The instruction set whose kernels run on this processor.");
-  m.def("force_64bit_offsets", [](bool on) { safnet::forced_64bit = on; }, pybind11::arg("on"),
-        "For tests: use 64-bit offsets even where 32 bits would do.");
+  m.def("build_info", &safnet::build_info,
+        "How this module was built: compiler, torch version, instruction sets, flags.");
+  m.def(
+      "instruction_set", [] { return safnet::name(safnet::instruction_set()); },
+      "The instruction set whose kernels run on this processor.");
+  m.def(
+      "force_64bit_offsets", [](bool on) { safnet::forced_64bit = on; }, pybind11::arg("on"),
+      "For tests: use 64-bit offsets even where 32 bits would do.");
 }

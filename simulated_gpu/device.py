@@ -51,6 +51,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
 )
 _ALLOCATION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
+_SHARED_LIMIT = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int)
 
 
 class Device:
@@ -63,13 +64,15 @@ class Device:
         self.buffers: list[Any] = []
         self.fault: Exception | None = None
         self.launches: Counter[str] = Counter()
+        self.shared_limits: Counter[tuple[str, int]] = Counter()  # how often a kernel was allowed how many bytes
+        self._executes = True
         self._names: dict[str, Path] = {}
         for ptx in folder.glob("*.ptx"):
             for line in ptx.read_text().splitlines():
                 if ".entry " in line:
                     self._names[line.split(".entry ")[1].split("(")[0].strip()] = ptx
         self.runtime = ctypes.CDLL(str(folder / "libcudart_simulated.so"), mode=ctypes.RTLD_GLOBAL)
-        self._callbacks = _LAUNCH(self._launch), _ALLOCATION(self._allocation)
+        self._callbacks = _LAUNCH(self._launch), _ALLOCATION(self._allocation), _SHARED_LIMIT(self._shared_limit)
         self.runtime.simulated_callbacks(*self._callbacks)
 
     def saw(self, part: str) -> bool:
@@ -85,6 +88,15 @@ class Device:
         finally:
             self.runtime.simulated_capability(90)
 
+    @contextmanager
+    def checking_launches_only(self) -> Iterator[None]:
+        """Launches are checked in the block, but kernels do not run: for grids too large to execute."""
+        self._executes = False
+        try:
+            yield
+        finally:
+            self._executes = True
+
     def _kernel(self, name: str) -> Kernel:
         if name not in self.kernels:
             path = str(self._names[name])
@@ -97,7 +109,8 @@ class Device:
         try:
             kernel = self._kernel(name.decode())
             values = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(kernel.program.params)]
-            kernel[tuple(grid.contents), tuple(block.contents), shared](*values, buffers=self.buffers)
+            if self._executes:
+                kernel[tuple(grid.contents), tuple(block.contents), shared](*values, buffers=self.buffers)
             self.launches[name.decode()] += 1
             return 0
         except Exception as error:
@@ -107,6 +120,9 @@ class Device:
     def _allocation(self, data: int, size: int) -> None:
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(data))
         self.buffers.append(ptxsim.poison(array))
+
+    def _shared_limit(self, name: bytes, size: int) -> None:
+        self.shared_limits[name.decode(), size] += 1
 
     def call(self, operator: str, *arguments: Any) -> Any:
         """Run an operator; a fault of a kernel is raised as what it is."""
@@ -239,7 +255,13 @@ def _run(*command: str) -> None:
 
 
 class RealDevice:
-    """A GPU in the place of the simulated one: the same calls on the same tensors, copied there with their strides."""
+    """A GPU in the place of the simulated one: the same calls on the same tensors, copied there.
+
+    Copies keep strides and misalignment: new memory starts at a multiple of `ALIGNMENT` bytes, a tensor that starts
+    between such multiples must do so there, too.
+    """
+
+    ALIGNMENT = 64
 
     def __init__(self, backend: str) -> None:
         self.launches: Counter[str] = Counter()  # not known here
@@ -250,12 +272,19 @@ class RealDevice:
         found = getattr(self.operators, operator)(*there)
         return found.cpu() if isinstance(found, torch.Tensor) else tuple(value.cpu() for value in found)
 
-    @staticmethod
-    def _copy(value: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def _copy(cls, value: torch.Tensor, device: str = "cuda") -> torch.Tensor:
         if value.numel() == 0:
-            return value.cuda()
+            return value.to(device)
         count = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-        return value.detach().as_strided((count,), (1,)).cuda().as_strided(value.shape, value.stride())
+        before = value.data_ptr() % cls.ALIGNMENT // value.element_size()
+        there = torch.empty(before + count, dtype=value.dtype, device=device)
+        there[before:].copy_(value.detach().as_strided((count,), (1,)))
+        return there.as_strided(value.shape, value.stride(), before)
+
+    @contextmanager
+    def checking_launches_only(self) -> Iterator[None]:
+        yield
 
     def saw(self, part: str) -> bool:
         return True

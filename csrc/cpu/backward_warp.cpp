@@ -8,16 +8,20 @@
 namespace safnet {
 
 struct WarpArguments {
-  View image, flow, out;  // `grad` takes the place of `out` in the backward
+  View image, flow, out;
+};
+
+struct WarpBackwardArguments {
+  View image, flow, grad_out;
   View grad_flow, grad_image;
   void* reach;    // see scatter.h
   int32_t bands;  // into which each picture's rows are cut
 };
 
 SAFNET_DECLARE(warp_rows, const WarpArguments&, int64_t, int64_t)
-SAFNET_DECLARE(warp_flow_gradient_rows, const WarpArguments&, int64_t, int64_t)
-SAFNET_DECLARE(warp_reach_rows, const WarpArguments&, int64_t, int64_t)
-SAFNET_DECLARE(warp_image_gradient_bands, const WarpArguments&, int64_t, int64_t)
+SAFNET_DECLARE(warp_flow_gradient_rows, const WarpBackwardArguments&, int64_t, int64_t)
+SAFNET_DECLARE(warp_reach_rows, const WarpBackwardArguments&, int64_t, int64_t)
+SAFNET_DECLARE(warp_image_gradient_bands, const WarpBackwardArguments&, int64_t, int64_t)
 
 }  // namespace safnet
 
@@ -30,17 +34,20 @@ void warp_pixels(const WarpArguments& a, const Run& run, const Grid<Offset>& gri
   const int64_t channels = a.image.size[1];
   for (int i = 0; i < run.count; ++i) {
     const T* upper_left = row<T>(a.image, run.n, 0, 0) + cells.offset[i];
-    const T *upper_right = upper_left + grid.right, *lower_left = upper_left + grid.down, *lower_right = lower_left + grid.right;
+    const T *upper_right = upper_left + grid.right, *lower_left = upper_left + grid.down,
+            *lower_right = lower_left + grid.right;
     T* __restrict out = at<T>(a.out, run, 0) + i * a.out.stride[3];
     const R fraction_x = cells.fraction_x[i], fraction_y = cells.fraction_y[i];
     for (int64_t c = 0; c < channels; ++c)
-      store(bilinear(load(upper_left[c]), load(upper_right[c]), load(lower_left[c]), load(lower_right[c]), fraction_x, fraction_y),
+      store(bilinear(load(upper_left[c]), load(upper_right[c]), load(lower_left[c]), load(lower_right[c]), fraction_x,
+                     fraction_y),
             out[c]);
   }
 }
 
 template <class R, class Offset>
-void warp_channels_inside(const WarpArguments& a, const Run& run, const Grid<Offset>& grid, const Cells<R, Offset>& cells) {
+void warp_channels_inside(const WarpArguments& a, const Run& run, const Grid<Offset>& grid,
+                          const Cells<R, Offset>& cells) {
   if constexpr (sizeof(R) == sizeof(double)) {
     warp_pixels<double>(a, run, grid, cells);
   } else {
@@ -71,7 +78,7 @@ void warp(const WarpArguments& a, int64_t begin, int64_t end) {
 }
 
 template <class R, class Offset>
-void flow_gradient_runs(const WarpArguments& a, int64_t begin, int64_t end) {
+void flow_gradient_runs(const WarpBackwardArguments& a, int64_t begin, int64_t end) {
   const Grid<Offset> grid(a.image);
   Cells<R, Offset> cells;
   R value[kChunk], slope_x[kChunk], slope_y[kChunk], buffer[kChunk];
@@ -79,7 +86,7 @@ void flow_gradient_runs(const WarpArguments& a, int64_t begin, int64_t end) {
     locate(grid, a.flow, run, cells);
     R sum_x[kChunk] = {}, sum_y[kChunk] = {};
     for (int64_t c = 0; c < a.image.size[1]; ++c) {
-      const R* grad = read_run(a.out, run, c, buffer);
+      const R* grad = read_run(a.grad_out, run, c, buffer);
       sample_with_slopes(a.image, run.n, c, grid, cells, run.count, value, slope_x, slope_y);
       for (int i = 0; i < run.count; ++i) {
         sum_x[i] += grad[i] * slope_x[i];
@@ -91,30 +98,33 @@ void flow_gradient_runs(const WarpArguments& a, int64_t begin, int64_t end) {
 }
 
 template <class R>
-void flow_gradient(const WarpArguments& a, int64_t begin, int64_t end) {
+void flow_gradient(const WarpBackwardArguments& a, int64_t begin, int64_t end) {
   (needs_64bit_offsets(a.image) ? flow_gradient_runs<R, int64_t> : flow_gradient_runs<R, int32_t>)(a, begin, end);
 }
 
 template <class R>
-void reach_rows(const WarpArguments& a, int64_t begin, int64_t end) {
+void reach_rows(const WarpBackwardArguments& a, int64_t begin, int64_t end) {
   note_reach<R>(a.flow, begin, end, static_cast<Reach*>(a.reach));
 }
 
 template <class R>
-void image_gradient(const WarpArguments& a, int64_t begin, int64_t end) {
-  scatter_bands<R>(a.grad_image, a.flow, static_cast<const Reach*>(a.reach), a.bands, begin, end, [&](const Run& run, R* out) {
-    for (int64_t c = 0; c < a.image.size[1]; ++c) load_run(a.out, run, c, out + c * kChunk);
-  });
+void image_gradient(const WarpBackwardArguments& a, int64_t begin, int64_t end) {
+  scatter_bands<R>(a.grad_image, a.flow, static_cast<const Reach*>(a.reach), a.bands, begin, end,
+                   [&](const Run& run, R* samples) {
+                     for (int64_t c = 0; c < a.image.size[1]; ++c) load_run(a.grad_out, run, c, samples + c * kChunk);
+                   });
 }
 
 }  // namespace
 
 void warp_rows(const WarpArguments& a, int64_t begin, int64_t end) { SAFNET_DISPATCH(a.image, warp, a, begin, end); }
-void warp_flow_gradient_rows(const WarpArguments& a, int64_t begin, int64_t end) {
+void warp_flow_gradient_rows(const WarpBackwardArguments& a, int64_t begin, int64_t end) {
   SAFNET_DISPATCH(a.image, flow_gradient, a, begin, end);
 }
-void warp_reach_rows(const WarpArguments& a, int64_t begin, int64_t end) { SAFNET_DISPATCH(a.image, reach_rows, a, begin, end); }
-void warp_image_gradient_bands(const WarpArguments& a, int64_t begin, int64_t end) {
+void warp_reach_rows(const WarpBackwardArguments& a, int64_t begin, int64_t end) {
+  SAFNET_DISPATCH(a.image, reach_rows, a, begin, end);
+}
+void warp_image_gradient_bands(const WarpBackwardArguments& a, int64_t begin, int64_t end) {
   SAFNET_DISPATCH(a.image, image_gradient, a, begin, end);
 }
 
@@ -136,13 +146,13 @@ Tensor backward_warp(Tensor image, Tensor flow) {
 }
 
 // The gradient's type is the same on all backends, so `deterministic` needs no other kernel here: this one always is.
-std::tuple<Tensor, Tensor> backward_warp_backward(Tensor grad, Tensor image, Tensor flow, int64_t needs,
+std::tuple<Tensor, Tensor> backward_warp_backward(Tensor grad_out, Tensor image, Tensor flow, int64_t needs,
                                                   bool /*deterministic*/) {
   const bool need_image = is_needed(needs, WarpInput::kImage), need_flow = is_needed(needs, WarpInput::kFlow);
   Tensor grad_image = zero_gradient(image, need_image);
   Tensor grad_flow = empty_gradient(flow, need_flow);
-  WarpArguments a{};
-  a.image = view(image), a.flow = view(flow), a.out = view(grad);
+  WarpBackwardArguments a{};
+  a.image = view(image), a.flow = view(flow), a.grad_out = view(grad_out);
   if (need_flow) {
     a.grad_flow = view(grad_flow);
     for_rows(a.image, SAFNET_KERNEL(warp_flow_gradient_rows), a);

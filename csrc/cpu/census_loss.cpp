@@ -201,11 +201,12 @@ Tensor census_loss(Tensor prediction, Tensor target, int64_t patch_size, bool /*
   return loss;
 }
 
-Tensor census_loss_backward(Tensor grad, Tensor prediction, Tensor target, int64_t patch_size, bool /*deterministic*/) {
+Tensor census_loss_backward(Tensor grad_out, Tensor prediction, Tensor target, int64_t patch_size,
+                            bool /*deterministic*/) {
   Tensor grad_prediction = empty_image(prediction);
   CensusArguments a = arguments_of(prediction, target, patch_size);
   a.grad_prediction = view(grad_prediction);
-  a.scale = SAFNET_ISA::element<double>(grad.data_ptr(), 0, type_of(grad)) /
+  a.scale = SAFNET_ISA::element<double>(grad_out.data_ptr(), 0, type_of(grad_out)) /
             (loss_divisor(prediction, patch_size) * static_cast<double>(prediction.size(1)));
   torch::stable::parallel_for(0, prediction.size(0) * a.blocks, 1, [&](int64_t begin, int64_t end) {
     SAFNET_KERNEL(census_gradient_blocks)(a, begin, end);

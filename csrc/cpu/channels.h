@@ -41,8 +41,8 @@ SAFNET_INLINE bool channels_inside(const View& view) { return view.stride[1] == 
 
 constexpr int kSide = 8;  // of the squares that transposition goes by
 
-// Rows of neighbouring channels lie far apart, and no prefetcher of the processor sees the pattern: while one is moved, that of a
-// channel further on is asked for.
+// Rows of neighbouring channels lie far apart, and no prefetcher of the processor sees the pattern: while one is moved,
+// that of a channel further on is asked for.
 constexpr int64_t kChannelsAhead = 4;
 
 template <bool ForWriting, class T>
@@ -126,12 +126,9 @@ void load_channels(const View& view, const Span& span, int64_t first, int64_t ch
 }
 
 void load_channels(const View& view, const Span& span, int64_t first, int64_t channels, float* out, int64_t pitch) {
-  if (view.type == Type::kFloat32)
-    load_channels_of<float>(view, span, first, channels, out, pitch);
-  else if (view.type == Type::kFloat16)
-    load_channels_of<Half>(view, span, first, channels, out, pitch);
-  else
-    load_channels_of<BFloat16>(view, span, first, channels, out, pitch);
+  if (view.type == Type::kFloat32) load_channels_of<float>(view, span, first, channels, out, pitch);
+  else if (view.type == Type::kFloat16) load_channels_of<Half>(view, span, first, channels, out, pitch);
+  else load_channels_of<BFloat16>(view, span, first, channels, out, pitch);
 }
 
 // Writes rows[c] to channel first + c * channel_step of a span.
@@ -142,39 +139,28 @@ void store_channels(const double* const* rows, int64_t channels, const View& vie
 
 void store_channels(const float* const* rows, int64_t channels, const View& view, const Span& span, int64_t first,
                     int64_t channel_step) {
-  if (view.type == Type::kFloat32)
-    store_channels_of<float>(rows, channels, view, span, first, channel_step);
-  else if (view.type == Type::kFloat16)
-    store_channels_of<Half>(rows, channels, view, span, first, channel_step);
-  else
-    store_channels_of<BFloat16>(rows, channels, view, span, first, channel_step);
+  if (view.type == Type::kFloat32) store_channels_of<float>(rows, channels, view, span, first, channel_step);
+  else if (view.type == Type::kFloat16) store_channels_of<Half>(rows, channels, view, span, first, channel_step);
+  else store_channels_of<BFloat16>(rows, channels, view, span, first, channel_step);
 }
 
 // One element of a tensor, `index` from its first.
 template <class R>
 R element(const void* data, int64_t index, Type type) {
   switch (type) {
-    case Type::kFloat32:
-      return static_cast<R>(load(static_cast<const float*>(data)[index]));
-    case Type::kFloat64:
-      return static_cast<R>(load(static_cast<const double*>(data)[index]));
-    case Type::kFloat16:
-      return static_cast<R>(load(static_cast<const Half*>(data)[index]));
-    default:
-      return static_cast<R>(load(static_cast<const BFloat16*>(data)[index]));
+    case Type::kFloat32: return static_cast<R>(load(static_cast<const float*>(data)[index]));
+    case Type::kFloat64: return static_cast<R>(load(static_cast<const double*>(data)[index]));
+    case Type::kFloat16: return static_cast<R>(load(static_cast<const Half*>(data)[index]));
+    default: return static_cast<R>(load(static_cast<const BFloat16*>(data)[index]));
   }
 }
 
 SAFNET_INLINE void set_element(void* data, int64_t index, Type type, double value) {
   switch (type) {
-    case Type::kFloat32:
-      return store(static_cast<float>(value), static_cast<float*>(data)[index]);
-    case Type::kFloat64:
-      return store(value, static_cast<double*>(data)[index]);
-    case Type::kFloat16:
-      return store(static_cast<float>(value), static_cast<Half*>(data)[index]);
-    default:
-      return store(static_cast<float>(value), static_cast<BFloat16*>(data)[index]);
+    case Type::kFloat32: return store(static_cast<float>(value), static_cast<float*>(data)[index]);
+    case Type::kFloat64: return store(value, static_cast<double*>(data)[index]);
+    case Type::kFloat16: return store(static_cast<float>(value), static_cast<Half*>(data)[index]);
+    default: return store(static_cast<float>(value), static_cast<BFloat16*>(data)[index]);
   }
 }
 

@@ -121,12 +121,9 @@ SAFNET_INLINE void multiply_add(const Strip<R>& s) {
 // Not inlined, so that its sums get all registers.
 template <class R, int M>
 __attribute__((noinline)) void multiply_add(const Strip<R>& s, int vectors) {
-  if (vectors == 3)
-    multiply_add<R, M, 3>(s);
-  else if (vectors == 2)
-    multiply_add<R, M, 2>(s);
-  else
-    multiply_add<R, M, 1>(s);
+  if (vectors == 3) multiply_add<R, M, 3>(s);
+  else if (vectors == 2) multiply_add<R, M, 2>(s);
+  else multiply_add<R, M, 1>(s);
 }
 
 // Calls act(size) with the size of a block as a constant: a number that is part of its type.
@@ -138,16 +135,11 @@ struct Constant {
 template <class Act>
 SAFNET_INLINE void with_block(int64_t block, const Act& act) {
   switch (block) {
-    case 1:
-      return act(Constant<1>{});
-    case 2:
-      return act(Constant<2>{});
-    case 3:
-      return act(Constant<3>{});
-    case 4:
-      return act(Constant<4>{});
-    default:
-      return act(Constant<kBlock>{});
+    case 1: return act(Constant<1>{});
+    case 2: return act(Constant<2>{});
+    case 3: return act(Constant<3>{});
+    case 4: return act(Constant<4>{});
+    default: return act(Constant<kBlock>{});
   }
 }
 

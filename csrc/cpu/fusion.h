@@ -6,11 +6,14 @@
 
 namespace safnet {
 
-struct FuseArguments {
+struct FuseInputs {
   View short_, reference, long_, flow_short, flow_long, mask_short, mask_long;
-  View ldr, weight_short, weight_reference, weight_long;  // either the first, or the other three
-  View out;                                               // the backward reads the gradient of the result from here
+  View reference_ldr, weight_short, weight_reference, weight_long;  // either the first, or the other three
   bool mask_logits = false;
+};
+
+struct FuseArguments : FuseInputs {
+  View out;
 };
 
 }  // namespace safnet
@@ -35,7 +38,7 @@ const R* read_mask(const View& mask, const Run& run, bool logits, R* buffer) {
 }
 
 template <class R, class Offset>
-void align(const FuseArguments& a, const Grid<Offset>& grid_short, const Grid<Offset>& grid_long, const Run& run,
+void align(const FuseInputs& a, const Grid<Offset>& grid_short, const Grid<Offset>& grid_long, const Run& run,
            Aligned<R, Offset>& aligned) {
   locate(grid_short, a.flow_short, run, aligned.cells_short);
   locate(grid_long, a.flow_long, run, aligned.cells_long);
@@ -51,18 +54,20 @@ struct TriangleBase {
 };
 template <class R>
 struct GivenBase {
-  const R *__restrict a, *__restrict b, *__restrict c;
-  SAFNET_INLINE Weights<R> operator[](int i) const { return {a[i], b[i], c[i]}; }
+  const R* __restrict short_;
+  const R* __restrict reference;
+  const R* __restrict long_;
+  SAFNET_INLINE Weights<R> operator[](int i) const { return {short_[i], reference[i], long_[i]}; }
 };
 
 // Calls use(base) with the base weights of one channel of a run.
 template <class R, class Use>
-SAFNET_INLINE void with_base(const FuseArguments& arguments, const Run& run, int64_t c, Use use) {
-  R a[kChunk];
-  if (arguments.ldr.data != nullptr) return use(TriangleBase<R>{read_run(arguments.ldr, run, c, a)});
-  R b[kChunk], d[kChunk];
-  use(GivenBase<R>{read_run(arguments.weight_short, run, c, a), read_run(arguments.weight_reference, run, c, b),
-                   read_run(arguments.weight_long, run, c, d)});
+SAFNET_INLINE void with_base(const FuseInputs& a, const Run& run, int64_t c, Use use) {
+  R first[kChunk];
+  if (a.reference_ldr.data != nullptr) return use(TriangleBase<R>{read_run(a.reference_ldr, run, c, first)});
+  R second[kChunk], third[kChunk];
+  use(GivenBase<R>{read_run(a.weight_short, run, c, first), read_run(a.weight_reference, run, c, second),
+                   read_run(a.weight_long, run, c, third)});
 }
 
 template <class R, class Base>
@@ -95,9 +100,7 @@ void fuse_runs(const FuseArguments& a, int64_t begin, int64_t end, Prepare prepa
   });
 }
 
-bool needs_64bit_offsets(const FuseArguments& a) {
-  return needs_64bit_offsets(a.short_) || needs_64bit_offsets(a.long_);
-}
+bool needs_64bit_offsets(const FuseInputs& a) { return needs_64bit_offsets(a.short_) || needs_64bit_offsets(a.long_); }
 
 template <class R, class Prepare>
 void fuse_rows_after(const FuseArguments& a, int64_t begin, int64_t end, Prepare prepare) {

@@ -7,7 +7,9 @@
 
 #include "cpu/convolution.h"
 #include "cpu/kernel.h"
+#include "cpu/weight_gradient.h"
 #include "cpu/winograd.h"
+#include "math/gradients.h"
 
 namespace safnet {
 
@@ -28,20 +30,12 @@ struct ConvolutionArguments {
 
 // The gradient before the activation, in the convolution's channel order, and its sums.
 struct ActivationGradientArguments {
-  View grad, preactivation, out;  // no preactivation: no activation; no out: only the sums are wanted
+  View grad_out, preactivation;  // no preactivation: no activation
+  View grad_before;              // the result; no data where only the sums are wanted
   const void* slope;
   int64_t slope_stride;
   double* sums;  // (parts, channels, 2): for bias and slope
   int64_t groups, rows_per_part;
-};
-
-struct WeightGradientArguments {
-  TapGrid grid;
-  View input, grad;  // grad: before the activation, in the convolution's channel order
-  void* partial;     // (parts, weights)
-  void* out;         // contiguous
-  int64_t groups, channels_in, channels_out, tiles, parts;
-  bool winograd;  // instead of by definition
 };
 
 SAFNET_DECLARE(conv_pack_weights, const ConvolutionArguments&, int64_t, int64_t)
@@ -100,8 +94,7 @@ void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         R* to = packed + ((g * a.channels_out + o) * a.channels_in + c * block) * taps;
         for (int64_t t = 0; t < taps; ++t)
-          for (int64_t m = 0; m < block; ++m)
-            to[t * block + m] = weight_at<R>(a, g, o + m, c, a.grid.tap[t].weight);
+          for (int64_t m = 0; m < block; ++m) to[t * block + m] = weight_at<R>(a, g, o + m, c, a.grid.tap[t].weight);
       }
     }
 }
@@ -145,10 +138,8 @@ void finish_tile(const ConvolutionArguments& a, const Place& place, const Worksp
         R* sum = values + c * work.sums.channel;
         for (int64_t i = 0; i < place.columns; ++i) sum[i] = sum[i] > 0 ? sum[i] : sum[i] * slope;
       }
-    if (a.shuffled && one_group)
-      store_channels(work.rows, channels, a.out, span, first / channels, a.groups);
-    else
-      store_channels(work.rows, channels, a.out, span, first, 1);
+    if (a.shuffled && one_group) store_channels(work.rows, channels, a.out, span, first / channels, a.groups);
+    else store_channels(work.rows, channels, a.out, span, first, 1);
   }
 }
 
@@ -181,10 +172,8 @@ void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t 
 
 template <class R>
 void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  if (a.winograd)
-    convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
-  else
-    convolve_by<R, ByDefinition<R>>(a, a.grid.taps, begin, end);
+  if (a.winograd) convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
+  else convolve_by<R, ByDefinition<R>>(a, a.grid.taps, begin, end);
 }
 
 // Sum of a run of numbers: vectors first, so that the order is fixed.
@@ -202,7 +191,7 @@ SAFNET_INLINE double sum_of(const R* values, int64_t count) {
 template <class R>
 void activation_gradient(const ActivationGradientArguments& a, int64_t begin, int64_t end) {
   constexpr int64_t kPixels = 64;
-  const int64_t channels = a.grad.size[1], height = a.grad.size[2], width = a.grad.size[3];
+  const int64_t channels = a.grad_out.size[1], height = a.grad_out.size[2], width = a.grad_out.size[3];
   const int64_t parts = (height + a.rows_per_part - 1) / a.rows_per_part, group = channels / a.groups;
   const Scratch<R> grads(channels * kPixels), values(channels * kPixels), products(kPixels);
   const Scratch<const R*> rows(channels);
@@ -216,12 +205,12 @@ void activation_gradient(const ActivationGradientArguments& a, int64_t begin, in
     for (int64_t y = first; y < smaller(first + a.rows_per_part, height); ++y)
       for (int64_t x = 0; x < width; x += kPixels) {
         const Span span{n, y, x, 1, smaller(kPixels, width - x)};
-        load_channels(a.grad, span, 0, channels, grads.data(), kPixels);
+        load_channels(a.grad_out, span, 0, channels, grads.data(), kPixels);
         if (a.preactivation.data != nullptr) load_channels(a.preactivation, span, 0, channels, values.data(), kPixels);
         for (int64_t c = 0; c < channels; ++c) {
           R* grad = const_cast<R*>(rows.data()[c]);
           if (a.preactivation.data != nullptr) {
-            const R slope = element<R>(a.slope, c * a.slope_stride, a.grad.type);
+            const R slope = element<R>(a.slope, c * a.slope_stride, a.grad_out.type);
             const R* value = values.data() + c * kPixels;
             for (int64_t i = 0; i < span.pixels; ++i) products.data()[i] = value[i] > 0 ? R(0) : grad[i] * value[i];
             for (int64_t i = 0; i < span.pixels; ++i) grad[i] = value[i] > 0 ? grad[i] : grad[i] * slope;
@@ -229,149 +218,8 @@ void activation_gradient(const ActivationGradientArguments& a, int64_t begin, in
           }
           sums[2 * c] += sum_of(grad, span.pixels);
         }
-        if (a.out.data != nullptr) store_channels(rows.data(), channels, a.out, span, 0, 1);
+        if (a.grad_before.data != nullptr) store_channels(rows.data(), channels, a.grad_before, span, 0, 1);
       }
-  }
-}
-
-// The tile of a gradient that a tile of inputs is correlated with: [channel][row][column].
-template <class R>
-struct GradientTile {
-  const R* data;
-  int64_t channel, row;
-};
-
-// out[m][weight of tap t] += sum over rows j and columns x of grad[m][j][x] * in[offset[j][t] + x], for M channels and
-// N taps.
-template <class R, int M, int N>
-__attribute__((noinline)) void correlate(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
-                                         int first_tap, const GradientTile<R>& grad, R* out, int64_t out_channel) {
-  const int64_t whole = place.columns / kLanes<R> * kLanes<R>;
-  R lane_numbers[kLanes<R>];
-  for (int lane = 0; lane < kLanes<R>; ++lane) lane_numbers[lane] = static_cast<R>(lane);
-  const auto exists = vector_at(lane_numbers) < static_cast<R>(place.columns - whole);
-  Vector<R> sum[M][N] = {};
-  for (int64_t j = 0; j < place.rows; ++j) {
-    const R* pixels[N];
-    for (int t = 0; t < N; ++t) pixels[t] = in + tile.offset[j][first_tap + t];
-    const R* grads = grad.data + j * grad.row;
-    const auto add = [&](int64_t x, const Vector<R>* p) {
-      for (int m = 0; m < M; ++m) {
-        const Vector<R> g = vector_at(grads + m * grad.channel + x);
-        for (int t = 0; t < N; ++t) sum[m][t] += g * p[t];
-      }
-    };
-    Vector<R> p[N];
-    for (int64_t x = 0; x < whole; x += kLanes<R>) {
-      for (int t = 0; t < N; ++t) p[t] = vector_at(pixels[t] + x);
-      add(x, p);
-    }
-    if (whole == place.columns) continue;
-    // Beyond the last column the gradient is packed as 0; the pixels must be 0 too, for 0 times infinity is not.
-    for (int t = 0; t < N; ++t) p[t] = exists ? vector_at(pixels[t] + whole) : Vector<R>{};
-    add(whole, p);
-  }
-  alignas(64) R sums[M][N][kLanes<R>];
-  for (int m = 0; m < M; ++m)
-    for (int t = 0; t < N; ++t) *reinterpret_cast<Vector<R>*>(sums[m][t]) = sum[m][t];
-  for (int m = 0; m < M; ++m)
-    for (int t = 0; t < N; ++t) out[m * out_channel + grid.tap[first_tap + t].weight] += sum_of_lanes(sums[m][t]);
-}
-
-template <class R, int M>
-SAFNET_INLINE void correlate_taps(const TapGrid& grid, const TileLayout& tile, const Place& place, const R* in,
-                                  const GradientTile<R>& grad, R* out, int64_t out_channel) {
-  int t = 0;
-  for (; t + 3 <= grid.taps; t += 3) correlate<R, M, 3>(grid, tile, place, in, t, grad, out, out_channel);
-  for (; t < grid.taps; ++t) correlate<R, M, 1>(grid, tile, place, in, t, grad, out, out_channel);
-}
-
-// Correlates every input channel with every output channel of one group over one tile.
-template <class R>
-SAFNET_INLINE void correlate_tile(const WeightGradientArguments& a, const TileLayout& tile, const Place& place,
-                                  const R* packed, GradientTile<R> grad, R* out) {
-  const int64_t out_channel = a.channels_in * 9, distance = grad.channel;
-  for (int64_t o = 0, block; o < a.channels_out; o += block, grad.data += block * distance) {
-    const int64_t left = a.channels_out - o;
-    block = left >= 4 ? 4 : left;
-    for (int64_t c = 0; c < a.channels_in; ++c) {
-      const R* in = packed + c * tile.channel_pitch;
-      R* to = out + o * out_channel + c * 9;
-      switch (block) {
-        case 1:
-          correlate_taps<R, 1>(a.grid, tile, place, in, grad, to, out_channel);
-          break;
-        case 2:
-          correlate_taps<R, 2>(a.grid, tile, place, in, grad, to, out_channel);
-          break;
-        case 3:
-          correlate_taps<R, 3>(a.grid, tile, place, in, grad, to, out_channel);
-          break;
-        default:
-          correlate_taps<R, 4>(a.grid, tile, place, in, grad, to, out_channel);
-      }
-    }
-  }
-}
-
-// Calls act(place) for the tiles of one part.
-template <class Act>
-SAFNET_INLINE void for_tiles(const WeightGradientArguments& a, int64_t part, const Act& act) {
-  for (int64_t index = a.tiles * part / a.parts; index < a.tiles * (part + 1) / a.parts; ++index) {
-    const Place place = place_of(a.grid, index);
-    if (place.rows > 0) act(place);
-  }
-}
-
-template <class R>
-void weight_gradient_by_winograd(const WeightGradientArguments& a, int64_t begin, int64_t end) {
-  const WinogradCorrelation<R> correlation(a.grid, a.channels_in, a.channels_out);
-  const int64_t group_weights = a.channels_out * a.channels_in * 9, group_sums = correlation.sums();
-  const Scratch<R> sums(a.groups * group_sums);
-  for (int64_t part = begin; part < end; ++part) {
-    for (int64_t i = 0; i < a.groups * group_sums; ++i) sums[i] = 0;
-    for_tiles(a, part, [&](const Place& place) {
-      for (int64_t g = 0; g < a.groups; ++g) correlation.add(a.input, a.grad, place, g, sums.data() + g * group_sums);
-    });
-    R* out = static_cast<R*>(a.partial) + part * a.groups * group_weights;
-    for (int64_t g = 0; g < a.groups; ++g) correlation.finish(sums.data() + g * group_sums, out + g * group_weights);
-  }
-}
-
-template <class R>
-void weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
-  if (a.winograd) return weight_gradient_by_winograd<R>(a, begin, end);
-  const TileLayout tile = lay_out<R>(a.grid);
-  const int64_t pitch = round_up(a.grid.tile_columns, kLanes<R>), channel = a.grid.tile_rows * pitch;
-  const int64_t group_weights = a.channels_out * a.channels_in * 9, weights = a.groups * group_weights;
-  const Scratch<R> packed(a.channels_in * tile.channel_pitch), grads(a.channels_out * channel);
-  for (int64_t part = begin; part < end; ++part) {
-    R* out = static_cast<R*>(a.partial) + part * weights;
-    for (int64_t i = 0; i < weights; ++i) out[i] = 0;
-    for_tiles(a, part, [&](const Place& place) {
-      for (int64_t g = 0; g < a.groups; ++g) {
-        pack_tile(a.input, a.grid, tile, place, g * a.channels_in, a.channels_in, packed.data());
-        for (int64_t j = 0; j < place.rows; ++j) {
-          const Span span{place.n, place.y + j * a.grid.row_step, place.x, 1, place.columns};
-          load_channels(a.grad, span, g * a.channels_out, a.channels_out, grads.data() + j * pitch, channel);
-          for (int64_t o = 0; o < a.channels_out; ++o)
-            for (int64_t i = place.columns; i < pitch; ++i) grads.data()[o * channel + j * pitch + i] = 0;
-        }
-        correlate_tile<R>(a, tile, place, packed.data(), {grads.data(), channel, pitch}, out + g * group_weights);
-      }
-    });
-  }
-}
-
-// Adds the parts of weights [begin, end), in order.
-template <class R>
-void reduce_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
-  const R* partial = static_cast<const R*>(a.partial);
-  const int64_t weights = a.groups * a.channels_out * a.channels_in * 9;
-  for (int64_t i = begin; i < end; ++i) {
-    double sum = 0;
-    for (int64_t part = 0; part < a.parts; ++part) sum += static_cast<double>(partial[part * weights + i]);
-    set_element(a.out, i, a.input.type, sum);
   }
 }
 
@@ -384,7 +232,7 @@ void conv_tiles(const ConvolutionArguments& a, int64_t begin, int64_t end) {
   SAFNET_DISPATCH(a.input, convolve, a, begin, end);
 }
 void conv_activation_gradient(const ActivationGradientArguments& a, int64_t begin, int64_t end) {
-  SAFNET_DISPATCH(a.grad, activation_gradient, a, begin, end);
+  SAFNET_DISPATCH(a.grad_out, activation_gradient, a, begin, end);
 }
 void conv_weight_gradient(const WeightGradientArguments& a, int64_t begin, int64_t end) {
   SAFNET_DISPATCH(a.input, weight_gradient, a, begin, end);
@@ -416,8 +264,8 @@ constexpr int64_t kConvolvedBytes = 288 << 10, kCorrelatedBytes = 768 << 10;
 // Of a tile's transformed input and products.
 constexpr int64_t kWinogradBytes = 288 << 10;
 
-// Limits a tile's rows, which its memory suggests, to a multiple of `unit` that occupies several threads and divides the
-// picture evenly.
+// Limits a tile's rows, which its memory suggests, to a multiple of `unit` that occupies several threads and divides
+// the picture evenly.
 void cut_rows(TapGrid& grid, int64_t pictures, int64_t unit) {
   constexpr int64_t kEnoughTiles = 16;
   const int64_t units = divide_up(divide_up(grid.height, grid.row_step), unit);
@@ -473,8 +321,9 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
   return grid;
 }
 
-// Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights where
-// the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole vectors.
+// Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights
+// where the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole
+// vectors.
 bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_out) {
   const int64_t step = grid.row_step;
   return grid.in_stride == 1 && grid.taps == kMostTaps && (step == 1 || step == 2 || step == 4) &&
@@ -486,8 +335,7 @@ bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in,
 void run(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
   a.winograd = a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out);
-  if (a.winograd)
-    cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
+  if (a.winograd) cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
   else
     cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
                    a.input.type, kConvolvedBytes);
@@ -560,10 +408,8 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   a.out = grad_weight.data_ptr();
   a.grid = forward_grid(input, grad, stride, dilation);
   a.winograd = winograd_serves(a.grid, input.size[0], a.channels_in, a.channels_out);
-  if (a.winograd)
-    cut_into_winograd_tiles(a.grid, input.size[0], a.channels_in + a.channels_out, a.input.type);
-  else
-    cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
+  if (a.winograd) cut_into_winograd_tiles(a.grid, input.size[0], a.channels_in + a.channels_out, a.input.type);
+  else cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
   a.tiles = tile_count(a.grid, input.size[0]);
   const int64_t weights = grad_weight.numel();
   // Enough parts for many threads, in at most 4 million numbers.
@@ -578,18 +424,18 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   });
 }
 
-// Fills `out` (if it has elements) with the gradient before the activation, and the gradients of bias and slope with
-// its sums.
-void activation_gradient(const Tensor& grad, const Tensor& preactivation, const std::optional<Tensor>& slope,
-                         const Tensor& out, const Tensor& grad_bias, const Tensor& grad_slope, int64_t groups) {
+// Fills `grad_before` (if it has elements) with the gradient before the activation, and the gradients of bias and slope
+// with its sums.
+void activation_gradient(const Tensor& grad_out, const Tensor& preactivation, const std::optional<Tensor>& slope,
+                         const Tensor& grad_before, const Tensor& grad_bias, const Tensor& grad_slope, int64_t groups) {
   ActivationGradientArguments a{};
-  a.grad = view(grad);
+  a.grad_out = view(grad_out);
   if (slope) a.preactivation = view(preactivation), a.slope = slope->data_ptr(), a.slope_stride = slope->stride(0);
-  if (out.dim() == 4) a.out = view(out);
+  if (grad_before.dim() == 4) a.grad_before = view(grad_before);
   a.groups = groups;
-  const int64_t channels = grad.size(1);
-  a.rows_per_part = std::max<int64_t>(1, kPixelsPerTask / grad.size(3));
-  const int64_t parts = grad.size(0) * divide_up(grad.size(2), a.rows_per_part);
+  const int64_t channels = grad_out.size(1);
+  a.rows_per_part = std::max<int64_t>(1, kPixelsPerTask / grad_out.size(3));
+  const int64_t parts = grad_out.size(0) * divide_up(grad_out.size(2), a.rows_per_part);
   std::vector<double> sums(static_cast<size_t>(parts * channels * 2));
   a.sums = sums.data();
   torch::stable::parallel_for(
@@ -605,31 +451,35 @@ void activation_gradient(const Tensor& grad, const Tensor& preactivation, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_conv_shuffle_backward(
-    Tensor grad, Tensor preactivation, Tensor input, Tensor weight, std::optional<Tensor> prelu_weight, int64_t groups,
-    int64_t stride, int64_t dilation, int64_t needs, bool /*deterministic: these kernels always are*/) {
-  const auto needed = [needs](int position) { return (needs >> position & 1) != 0; };
+    Tensor grad_out, Tensor preactivation, Tensor input, Tensor weight, std::optional<Tensor> prelu_weight,
+    int64_t groups, int64_t stride, int64_t dilation, int64_t needs, bool /*deterministic: these kernels always are*/) {
+  const bool need_input = is_needed(needs, ConvInput::kInput), need_weight = is_needed(needs, ConvInput::kWeight);
+  const bool need_bias = is_needed(needs, ConvInput::kBias), need_residual = is_needed(needs, ConvInput::kResidual);
+  const bool need_slope = is_needed(needs, ConvInput::kPreluWeight) && prelu_weight.has_value();
   const ScalarType type = input.scalar_type();
   const int64_t channels = weight.size(0);
   const auto vector_gradient = [&](bool wanted) { return empty({wanted ? channels : 0}, type); };
-  const std::vector<int64_t> out_size{grad.size(0), grad.size(1), grad.size(2), grad.size(3)};
+  const std::vector<int64_t> out_size{grad_out.size(0), grad_out.size(1), grad_out.size(2), grad_out.size(3)};
   const std::vector<int64_t> weight_size{weight.size(0), weight.size(1), 3, 3};
-  Tensor grad_input = empty_gradient(input, needed(0));
-  Tensor grad_weight = needed(1) ? empty(weight_size, type) : empty({0}, type);
-  Tensor grad_bias = vector_gradient(needed(2)), grad_slope = vector_gradient(needed(3));
-  Tensor grad_residual = needed(4) ? empty(out_size, type, is_channels_last(input)) : empty({0}, type);
-  if (grad.numel() == 0 || input.numel() == 0 || weight.numel() == 0) {
-    for (Tensor* result : {&grad_input, &grad_weight, &grad_bias, &grad_slope, &grad_residual}) torch::stable::zero_(*result);
+  Tensor grad_input = empty_gradient(input, need_input);
+  Tensor grad_weight = need_weight ? empty(weight_size, type) : empty({0}, type);
+  Tensor grad_bias = vector_gradient(need_bias), grad_slope = vector_gradient(need_slope);
+  Tensor grad_residual = need_residual ? empty(out_size, type, is_channels_last(input)) : empty({0}, type);
+  if (grad_out.numel() == 0 || input.numel() == 0 || weight.numel() == 0) {
+    for (Tensor* result : {&grad_input, &grad_weight, &grad_bias, &grad_slope, &grad_residual})
+      torch::stable::zero_(*result);
     return {grad_input, grad_weight, grad_bias, grad_slope, grad_residual};
   }
   // Before activation and shuffle the gradient is that of the residual; with neither it is the one that came.
   const bool as_it_came = !prelu_weight && groups == 1;
-  Tensor inner = grad_residual;
-  if (!needed(4) && !as_it_came && (needed(0) || needed(1))) inner = empty(out_size, type, is_channels_last(input));
-  if (inner.dim() == 4 || needed(2) || needed(3))
-    activation_gradient(grad, preactivation, prelu_weight, inner, grad_bias, grad_slope, groups);
-  const View inner_view = as_it_came ? view(grad) : inner.dim() == 4 ? view(inner) : View{};
-  if (needed(0)) input_gradient(inner_view, weight, grad_input, groups, stride, dilation);
-  if (needed(1)) weight_gradient(view(input), inner_view, grad_weight, groups, stride, dilation);
+  Tensor before = grad_residual;
+  if (!need_residual && !as_it_came && (need_input || need_weight))
+    before = empty(out_size, type, is_channels_last(input));
+  if (before.dim() == 4 || need_bias || need_slope)
+    activation_gradient(grad_out, preactivation, prelu_weight, before, grad_bias, grad_slope, groups);
+  const View grad_before = as_it_came ? view(grad_out) : before.dim() == 4 ? view(before) : View{};
+  if (need_input) input_gradient(grad_before, weight, grad_input, groups, stride, dilation);
+  if (need_weight) weight_gradient(view(input), grad_before, grad_weight, groups, stride, dilation);
   return {grad_input, grad_weight, grad_bias, grad_slope, grad_residual};
 }
 

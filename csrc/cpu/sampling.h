@@ -1,8 +1,9 @@
 // Reading, writing and bilinear sampling of runs of pixels, shared by the kernels that warp.
 //
-// A run is at most kChunk pixels of one row. Its values are converted to the computing type R when they are loaded, unless they
-// lie side by side in that type already, so that everything behind works on packed arrays of float or double, which compilers
-// vectorise, and only loading, storing and sampling exist for every element type. Included by kernels only: see kernel.h.
+// A run is at most kChunk pixels of one row. Its values are converted to the computing type R when they are loaded,
+// unless they lie side by side in that type already, so that everything behind works on packed arrays of float or
+// double, which compilers vectorise, and only loading, storing and sampling exist for every element type. Included by
+// kernels only: see kernel.h.
 #pragma once
 
 #include <type_traits>
@@ -16,8 +17,8 @@ namespace {
 
 constexpr int kChunk = 512;  // long enough for the prefetchers to follow many streams, short enough for the caches
 
-// Where a flow slopes, a run reads from many rows of the image, and no prefetcher of the processor sees a pattern in that. So what is
-// read here is asked for so many rows ahead: the flow will hardly differ there.
+// Where a flow slopes, a run reads from many rows of the image, and no prefetcher of the processor sees a pattern in
+// that. So what is read here is asked for so many rows ahead: the flow will hardly differ there.
 constexpr int kRowsAhead = 8;
 
 struct Run {
@@ -90,7 +91,8 @@ void write_run(const View& view, const Run& run, int64_t c, R* buffer, Fill fill
   store_run(buffer, view, run, c);
 }
 
-// What stays the same for all samples of one picture. `right` and `down` are 0 where the picture is one pixel wide or high.
+// What stays the same for all samples of one picture. `right` and `down` are 0 where the picture is one pixel wide or
+// high.
 template <class Offset>
 struct Grid {
   int32_t height, width;
@@ -142,8 +144,8 @@ struct Corners {
   R v00, v01, v10, v11;
 };
 
-// Corners of samples [i, i + kGroup) of floats that lie side by side: both neighbours in a row come with one load of eight bytes.
-// That beats the processors' gather instructions, which fetch number by number.
+// Corners of samples [i, i + kGroup) of floats that lie side by side: both neighbours in a row come with one load of
+// eight bytes. That beats the processors' gather instructions, which fetch number by number.
 constexpr int kGroupBytes = kVectorBytes < 32 ? 16 : 32;
 constexpr int kGroup = kGroupBytes / static_cast<int>(sizeof(float));
 using Group = Simd<float, kGroupBytes>::Type;
@@ -174,23 +176,26 @@ SAFNET_INLINE void load_pairs(const float* row, const Offset* at, Group& left, G
 
 // Calls use(i, corners, fraction x, fraction y) for all samples of a run: for groups of them while that is possible.
 template <class T, class R, class Offset, class Use>
-SAFNET_INLINE void each_sample(const T* plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count, Use use) {
+SAFNET_INLINE void each_sample(const T* plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
+                               Use use) {
   const T *upper_right = plane + grid.right, *lower_left = plane + grid.down, *lower_right = lower_left + grid.right;
   int i = 0;
   if constexpr (std::is_same_v<T, float>) {
     if (grid.right == 1)
       for (; i + kGroup <= count; i += kGroup) {
         GroupCorners v;
-        for (int j = 0; j < kGroup; j += 4) __builtin_prefetch(plane + (cells.offset[i + j] + kRowsAhead * grid.down), 0, 2);
+        for (int j = 0; j < kGroup; j += 4)
+          __builtin_prefetch(plane + (cells.offset[i + j] + kRowsAhead * grid.down), 0, 2);
         load_pairs(plane, cells.offset + i, v.v00, v.v01);
         load_pairs(lower_left, cells.offset + i, v.v10, v.v11);
-        use(i, v, vector_at<float, kGroupBytes>(cells.fraction_x + i), vector_at<float, kGroupBytes>(cells.fraction_y + i));
+        use(i, v, vector_at<float, kGroupBytes>(cells.fraction_x + i),
+            vector_at<float, kGroupBytes>(cells.fraction_y + i));
       }
   }
   for (; i < count; ++i) {
     const Offset at = cells.offset[i];
-    use(i, Corners<R>{load(plane[at]), load(upper_right[at]), load(lower_left[at]), load(lower_right[at])}, cells.fraction_x[i],
-        cells.fraction_y[i]);
+    use(i, Corners<R>{load(plane[at]), load(upper_right[at]), load(lower_left[at]), load(lower_right[at])},
+        cells.fraction_x[i], cells.fraction_y[i]);
   }
 }
 
@@ -201,15 +206,14 @@ SAFNET_INLINE void put(Group values, float* out) { store_vector<float, kGroupByt
 template <class T, class R, class Offset>
 void sample_elements(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
                      R* __restrict out) {
-  each_sample(plane, grid, cells, count, [&](int i, const auto& v, auto x, auto y) {
-    put(bilinear(v.v00, v.v01, v.v10, v.v11, x, y), out + i);
-  });
+  each_sample(plane, grid, cells, count,
+              [&](int i, const auto& v, auto x, auto y) { put(bilinear(v.v00, v.v01, v.v10, v.v11, x, y), out + i); });
 }
 
 // The sample and its derivatives with respect to the position.
 template <class T, class R, class Offset>
-void sample_elements_with_slopes(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
-                                 R* __restrict out, R* __restrict slope_x, R* __restrict slope_y) {
+void sample_elements_with_slopes(const T* __restrict plane, const Grid<Offset>& grid, const Cells<R, Offset>& cells,
+                                 int count, R* __restrict out, R* __restrict slope_x, R* __restrict slope_y) {
   each_sample(plane, grid, cells, count, [&](int i, const auto& v, auto x, auto y) {
     put(bilinear(v.v00, v.v01, v.v10, v.v11, x, y), out + i);
     put(bilinear_dx(v.v00, v.v01, v.v10, v.v11, y), slope_x + i);
@@ -231,22 +235,23 @@ void with_plane(const View& image, int64_t n, int64_t c, Use use) {
 
 // Samples channel `c` of an image for a run.
 template <class R, class Offset>
-void sample(const View& image, int64_t n, int64_t c, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count, R* out) {
+void sample(const View& image, int64_t n, int64_t c, const Grid<Offset>& grid, const Cells<R, Offset>& cells, int count,
+            R* out) {
   with_plane<R>(image, n, c, [&](auto* plane) { sample_elements(plane, grid, cells, count, out); });
 }
 
 template <class R, class Offset>
-void sample_with_slopes(const View& image, int64_t n, int64_t c, const Grid<Offset>& grid, const Cells<R, Offset>& cells,
-                        int count, R* out, R* slope_x, R* slope_y) {
+void sample_with_slopes(const View& image, int64_t n, int64_t c, const Grid<Offset>& grid,
+                        const Cells<R, Offset>& cells, int count, R* out, R* slope_x, R* slope_y) {
   with_plane<R>(image, n, c,
                 [&](auto* plane) { sample_elements_with_slopes(plane, grid, cells, count, out, slope_x, slope_y); });
 }
 
-// Stores the gradients of a run's flow in one direction, zero where it points out of the picture. They are selected, not multiplied
-// by zero: they may be NaN.
+// Stores the gradients of a run's flow in one direction, zero where it points out of the picture. They are selected,
+// not multiplied by zero: they may be NaN.
 template <class R>
-void store_flow_gradient(const View& flow, const View& gradient, const Run& run, int64_t c, R start, R step, int32_t size,
-                         R* sums) {
+void store_flow_gradient(const View& flow, const View& gradient, const Run& run, int64_t c, R start, R step,
+                         int32_t size, R* sums) {
   R buffer[kChunk];
   const R* values = read_run(flow, run, c, buffer);
   for (int i = 0; i < run.count; ++i)
@@ -255,7 +260,8 @@ void store_flow_gradient(const View& flow, const View& gradient, const Run& run,
 }
 
 template <class R>
-void store_flow_gradient(const View& image, const View& flow, const View& gradient, const Run& run, R* sum_x, R* sum_y) {
+void store_flow_gradient(const View& image, const View& flow, const View& gradient, const Run& run, R* sum_x,
+                         R* sum_y) {
   if (gradient.data == nullptr) return;
   const auto height = static_cast<int32_t>(image.size[2]), width = static_cast<int32_t>(image.size[3]);
   store_flow_gradient(flow, gradient, run, 0, static_cast<R>(run.x), R(1), width, sum_x);

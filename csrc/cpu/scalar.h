@@ -65,7 +65,8 @@ SAFNET_INLINE void store(float value, BFloat16& out) {
 
 SAFNET_INLINE void store(float value, Half& out) {
   const uint32_t bits = float_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Normal numbers: re-bias, round to nearest even. Subnormal ones: adding 0.5 aligns the result's bits with the mantissa.
+  // Normal numbers: re-bias, round to nearest even. Subnormal ones: adding 0.5 aligns the result's bits with the
+  // mantissa.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;

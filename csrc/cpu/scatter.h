@@ -1,9 +1,9 @@
 // The gradient of a warp with respect to its image: every pixel adds to the four pixels it was sampled from.
 //
-// Threads own bands of the image's rows. Each goes through all pixels that may reach its band, in raster order, and adds only
-// what falls into it. So no two threads write the same pixel, and every sum has the same order whatever the number of threads:
-// the result is repeatable to the bit. A table of the image rows that each flow row reaches lets a band skip the others.
-// Included by kernels only: see kernel.h.
+// Threads own bands of the image's rows. Each goes through all pixels that may reach its band, in raster order, and
+// adds only what falls into it. So no two threads write the same pixel, and every sum has the same order whatever the
+// number of threads: the result is repeatable to the bit. A table of the image rows that each flow row reaches lets a
+// band skip the others. Included by kernels only: see kernel.h.
 #pragma once
 
 #include <cstdlib>
@@ -51,7 +51,10 @@ struct Band {
   int64_t stride_c, stride_y, stride_x;
 
   Band(const View& gradient_, int64_t n_, int32_t first_, int32_t last_)
-      : gradient(gradient_), n(n_), first(first_), last(last_),
+      : gradient(gradient_),
+        n(n_),
+        first(first_),
+        last(last_),
         buffered(gradient.type == Type::kFloat16 || gradient.type == Type::kBFloat16) {
     if (buffered) {
       stride_x = gradient.size[1], stride_y = stride_x * gradient.size[3], stride_c = 1;
@@ -105,17 +108,18 @@ void add_run(Band<R>& band, const View& flow, const Run& run, const R* values) {
   }
 }
 
-// Fills bands [begin, end) of all pictures' gradients, `bands` a picture. `sample_gradients(run, values)` gives the gradients
-// of the samples of a run.
+// Fills bands [begin, end) of all pictures' gradients, `bands` a picture. `sample_gradients(run, values)` gives the
+// gradients of the samples of a run.
 template <class R, class SampleGradients>
-void scatter_bands(const View& gradient, const View& flow, const Reach* reach, int32_t bands, int64_t begin, int64_t end,
-                   SampleGradients sample_gradients) {
+void scatter_bands(const View& gradient, const View& flow, const Reach* reach, int32_t bands, int64_t begin,
+                   int64_t end, SampleGradients sample_gradients) {
   const int64_t channels = gradient.size[1], height = gradient.size[2];
   auto* values = static_cast<R*>(std::malloc(static_cast<size_t>(channels) * kChunk * sizeof(R)));
   if (values == nullptr) std::abort();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / bands, number = task % bands;
-    Band<R> band(gradient, n, static_cast<int32_t>(height * number / bands), static_cast<int32_t>(height * (number + 1) / bands));
+    Band<R> band(gradient, n, static_cast<int32_t>(height * number / bands),
+                 static_cast<int32_t>(height * (number + 1) / bands));
     for (int32_t y = 0; y < height; ++y) {
       const Reach rows = reach[n * height + y];
       if (rows.last < band.first || rows.first >= band.last) continue;

@@ -1,5 +1,5 @@
-// Vectors of the widest registers that an instruction set has, through the compilers' vector types: no intrinsics, one source.
-// Included by kernels only: see kernel.h.
+// Vectors of the widest registers that an instruction set has, through the compilers' vector types: no intrinsics, one
+// source. Included by kernels only: see kernel.h.
 #pragma once
 
 #include "cpu/kernel.h"

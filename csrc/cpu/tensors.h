@@ -1,4 +1,5 @@
-// Host side of the CPU kernels: tensors of the stable ABI to views, output allocation by the library's layout rule, threads.
+// Host side of the CPU kernels: tensors of the stable ABI to views, output allocation by the library's layout rule,
+// threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,9 +51,9 @@ inline bool is_channels_last(const Tensor& tensor) {
   return tensor.size(1) > 1 && tensor.stride(1) == 1 && tensor.stride(3) >= tensor.size(1);
 }
 
-// Memory of this size comes from the system anew every time (it is the largest that glibc's allocator keeps), page by page as it is
-// first written: with pages of 4 KiB that takes as long as a quarter of a convolution. Advice only: nothing changes where huge
-// pages are not offered.
+// Memory of this size comes from the system anew every time (it is the largest that glibc's allocator keeps), page by
+// page as it is first written: with pages of 4 KiB that takes as long as a quarter of a convolution. Advice only:
+// nothing changes where huge pages are not offered.
 inline void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(__linux__)
   constexpr size_t kFresh = size_t{32} << 20;
@@ -100,8 +101,8 @@ void for_rows(const View& picture, void (*kernel)(const Arguments&, int64_t, int
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
-// Fills an image gradient: `reach_kernel` notes which image rows each flow row reads, `band_kernel` fills bands of the image
-// (see scatter.h). `arguments` has members `reach` and `bands` for it.
+// Fills an image gradient: `reach_kernel` notes which image rows each flow row reads, `band_kernel` fills bands of the
+// image (see scatter.h). `arguments` has members `reach` and `bands` for it.
 template <class Arguments>
 void scatter(const View& image, void (*reach_kernel)(const Arguments&, int64_t, int64_t),
              void (*band_kernel)(const Arguments&, int64_t, int64_t), Arguments& arguments) {

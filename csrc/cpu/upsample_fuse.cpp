@@ -1,4 +1,5 @@
-// upsample_fuse on the CPU: a run of flows and masks is resized into the outputs and fused while it is still in the cache.
+// upsample_fuse on the CPU: a run of flows and masks is resized into the outputs and fused while it is still in the
+// cache.
 
 #include "cpu/fusion.h"
 #include "cpu/kernel.h"
@@ -85,13 +86,16 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> upsample_fuse(Tensor short_, Tensor reference, Tensor long_,
                                                                  Tensor flow_short, Tensor flow_long, Tensor mask_short,
-                                                                 Tensor mask_long, Tensor ldr) {
+                                                                 Tensor mask_long, Tensor reference_ldr) {
   const auto type = short_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto full = [&](int64_t channels) { return empty({short_.size(0), channels, short_.size(2), short_.size(3)}, type); };
+  const auto full = [&](int64_t channels) {
+    return empty({short_.size(0), channels, short_.size(2), short_.size(3)}, type);
+  };
   Tensor out = empty_image(short_);
   Tensor out_flow_short = full(2), out_flow_long = full(2), out_mask_short = full(1), out_mask_long = full(1);
   UpsampleArguments a{};
-  a.short_ = view(short_), a.reference = view(reference), a.long_ = view(long_), a.ldr = view(ldr), a.out = view(out);
+  a.short_ = view(short_), a.reference = view(reference), a.long_ = view(long_), a.reference_ldr = view(reference_ldr),
+  a.out = view(out);
   a.low_flow_short = view(flow_short), a.low_flow_long = view(flow_long);
   a.low_mask_short = view(mask_short), a.low_mask_long = view(mask_long);
   a.flow_short = view(out_flow_short), a.flow_long = view(out_flow_long);

@@ -2,9 +2,9 @@
 // definition takes 36. Included by kernels only: see kernel.h.
 //
 // Y = A'[(G g G') . (B' d B)]A for 4x4 inputs d, 3x3 weights g and 2x2 outputs Y (Lavin and Gray, "Fast Algorithms for
-// Convolutional Neural Networks", 2016, section 4.1). The products, summed over the channels, are one matrix product for
-// each of the 16 places, by register-blocked loops. An input enters the outputs that read it by definition and no others,
-// so that NaN stays where it belongs. With dilation, outputs `dilation` apart form the 2x2.
+// Convolutional Neural Networks", 2016, section 4.1). The products, summed over the channels, are one matrix product
+// for each of the 16 places, by register-blocked loops. An input enters the outputs that read it by definition and no
+// others, so that NaN stays where it belongs. With dilation, outputs `dilation` apart form the 2x2.
 #pragma once
 
 #include "cpu/convolution.h"
@@ -18,8 +18,8 @@ constexpr int kPlaces = 16;
 namespace safnet::SAFNET_ISA {
 namespace {
 
-// A tile's positions, each the first of 2x2 outputs. Outputs in a row alternate: `dilation` of them are first columns of
-// their 2x2, the next ones second columns. Positions are numbered by pair of rows, then along the row.
+// A tile's positions, each the first of 2x2 outputs. Outputs in a row alternate: `dilation` of them are first columns
+// of their 2x2, the next ones second columns. Positions are numbered by pair of rows, then along the row.
 //
 // Its input is packed as [channel][slot][half][position]. A slot is an input row, `dilation` below the one before; its
 // halves are the columns that first and second outputs lie on, from one dilation left of the tile to two right of it.
@@ -107,8 +107,7 @@ SAFNET_INLINE void transform_four(const V& a, const V& b, const V& c, const V& d
 
 // out[place][channel][position] = B' d B.
 template <int D, class R>
-__attribute__((noinline)) void transform_input(const WinogradTile& tile, const R* packed, int64_t channels,
-                                               R* out) {
+__attribute__((noinline)) void transform_input(const WinogradTile& tile, const R* packed, int64_t channels, R* out) {
   const int64_t place = channels * tile.pitch, half = tile.half, slot = 2 * half;
   for (int64_t c = 0; c < channels; ++c, packed += tile.channel_pitch, out += tile.pitch)
     for (int64_t j = 0; j < tile.row_pairs; ++j)
@@ -187,12 +186,9 @@ __attribute__((noinline)) void multiply(const Product<R>& p, int64_t vectors) {
   int64_t x = 0;
   for (int strip; vectors > 0; vectors -= strip, x += strip * kLanes<R>) {
     strip = strip_vectors(vectors);
-    if (strip == 3)
-      multiply_strip<R, M, 3>(p, x);
-    else if (strip == 2)
-      multiply_strip<R, M, 2>(p, x);
-    else
-      multiply_strip<R, M, 1>(p, x);
+    if (strip == 3) multiply_strip<R, M, 3>(p, x);
+    else if (strip == 2) multiply_strip<R, M, 2>(p, x);
+    else multiply_strip<R, M, 1>(p, x);
   }
 }
 
@@ -216,12 +212,9 @@ class ByWinograd {
   void convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
                 Sums<R> sums) const {
     switch (tile_.dilation) {
-      case 1:
-        return convolve_dilated<1>(input, place, first, weights, bias, sums);
-      case 2:
-        return convolve_dilated<2>(input, place, first, weights, bias, sums);
-      default:
-        return convolve_dilated<4>(input, place, first, weights, bias, sums);
+      case 1: return convolve_dilated<1>(input, place, first, weights, bias, sums);
+      case 2: return convolve_dilated<2>(input, place, first, weights, bias, sums);
+      default: return convolve_dilated<4>(input, place, first, weights, bias, sums);
     }
   }
 
@@ -259,8 +252,8 @@ SAFNET_INLINE void transform_two(const V& first, const V& second, V (&to)[4]) {
   to[0] = first, to[1] = first + second, to[2] = first - second, to[3] = -second;
 }
 
-// out[place][position][channel] = A y A' of the gradients y of 2x2 outputs, from [row][column][channel]; `pitch` channels,
-// whole vectors of them.
+// out[place][position][channel] = A y A' of the gradients y of 2x2 outputs, from [row][column][channel]; `pitch`
+// channels, whole vectors of them.
 template <int D, class R>
 __attribute__((noinline)) void transform_gradient(const WinogradTile& tile, const R* grad, int64_t pitch, R* out) {
   const int64_t row = tile.columns * pitch, place = tile.row_pairs * tile.run * pitch;
@@ -312,17 +305,14 @@ __attribute__((noinline)) void correlate_block(const Correlation<R>& a) {
   int64_t x = 0, vectors = a.pitch / kLanes<R>;
   for (int strip; vectors > 0; vectors -= strip, x += strip * kLanes<R>) {
     strip = strip_vectors(vectors);
-    if (strip == 3)
-      correlate_strip<R, M, 3>(a, x);
-    else if (strip == 2)
-      correlate_strip<R, M, 2>(a, x);
-    else
-      correlate_strip<R, M, 1>(a, x);
+    if (strip == 3) correlate_strip<R, M, 3>(a, x);
+    else if (strip == 2) correlate_strip<R, M, 2>(a, x);
+    else correlate_strip<R, M, 1>(a, x);
   }
 }
 
-// The gradient of the weights by the same method, G'[(B' d B) . (A y A')]G summed over 2x2 outputs: products at the 16 places
-// are added up over all tiles of a part, and transformed back once.
+// The gradient of the weights by the same method, G'[(B' d B) . (A y A')]G summed over 2x2 outputs: products at the 16
+// places are added up over all tiles of a part, and transformed back once.
 template <class R>
 class WinogradCorrelation {
  public:
@@ -345,12 +335,9 @@ class WinogradCorrelation {
   // sums[place][input channel][output channel] += those of one tile.
   void add(const View& input, const View& grad, const Place& place, int64_t group, R* sums) const {
     switch (tile_.dilation) {
-      case 1:
-        return add_dilated<1>(input, grad, place, group, sums);
-      case 2:
-        return add_dilated<2>(input, grad, place, group, sums);
-      default:
-        return add_dilated<4>(input, grad, place, group, sums);
+      case 1: return add_dilated<1>(input, grad, place, group, sums);
+      case 2: return add_dilated<2>(input, grad, place, group, sums);
+      default: return add_dilated<4>(input, grad, place, group, sums);
     }
   }
 
@@ -391,8 +378,12 @@ class WinogradCorrelation {
       for (int64_t c = 0, block; c < channels_in_; c += block) {
         block = block_channels(channels_in_ - c);
         const int64_t channel = at * channels_in_ + c;
-        const Correlation<R> part{transformed_.data() + channel * tile_.pitch, tile_.pitch,
-                                  grads_.data() + at * positions * pitch_, sums + channel * pitch_, pitch_, positions};
+        const Correlation<R> part{transformed_.data() + channel * tile_.pitch,
+                                  tile_.pitch,
+                                  grads_.data() + at * positions * pitch_,
+                                  sums + channel * pitch_,
+                                  pitch_,
+                                  positions};
         with_block(block, [&](auto size) { correlate_block<R, decltype(size)::value>(part); });
       }
   }

@@ -1,16 +1,22 @@
 // backward_warp on CUDA. The formulas are in math/bilinear.h; the Python function documents shapes and borders.
-#include "cuda/host.h"
+#include "cuda/sampling.cuh"
 #include "cuda/scatter_host.h"
+#include "cuda/tensors.h"
 #include "math/gradients.h"
 
 namespace safnet::cuda {
 
 template <class T, class Index>
-struct WarpArguments {
-  View<T, Index> image, out;  // backward: `out` is the gradient of the result
+struct WarpInputs {
+  View<T, Index> image;
   GeometryView<Index> flow;
   int64_t items;
   int32_t channels, height, width;
+};
+
+template <class T, class Index>
+struct WarpArguments : WarpInputs<T, Index> {
+  View<T, Index> out;
 };
 
 // Planes: a thread samples kPixels adjacent pixels of every channel of its slice (blockIdx.y). The flow is read once.
@@ -75,20 +81,21 @@ __global__ void __launch_bounds__(kThreads, 2) warp_channels_last(const __grid_c
 }
 
 template <class T, class Index>
-struct WarpBackwardArguments {
-  WarpArguments<T, Index> forward;
+struct WarpBackwardArguments : WarpInputs<T, Index> {
+  View<T, Index> grad_out;
   View<T, Index> grad_image;  // for its strides: the sums have this layout
   GeometryView<Index> grad_flow;
   ScatterArguments scatter;
   bool need_image, need_flow, measuring;
 };
 
-// Lanes hold neighbouring pixels (kLanes 1), so that atomics of a warp fall into few sectors; threadIdx.y takes a share of the
-// channels. Or, for channels_last, groups of kLanes lanes share a pixel and take neighbouring channels.
+// Lanes hold neighbouring pixels (kLanes 1), so that atomics of a warp fall into few sectors; threadIdx.y takes a share
+// of the channels. Or, for channels_last, groups of kLanes lanes share a pixel and take neighbouring channels.
 template <class T, class Index, bool kDeterministic, int kLanes>
-__global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_constant__ WarpBackwardArguments<T, Index> b) {
+__global__ void __launch_bounds__(kThreads, 2)
+    warp_backward(const __grid_constant__ WarpBackwardArguments<T, Index> b) {
   using R = Real<T>;
-  const WarpArguments<T, Index>& a = b.forward;
+  const WarpInputs<T, Index>& a = b;
   const Index item = thread_item<Index>() / kLanes;
   const bool active = item < a.items;
   const PixelRun<Index> pixel = pixel_run<1>(active ? item : Index(0), a.height, a.width);
@@ -103,22 +110,24 @@ __global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_consta
   const Cell<R, Index> sum_cell = locate(b.grad_image, pixel, Index(0), flow_x, flow_y, a.height, a.width);
   const CellSteps<Index> sum_steps = cell_steps(b.grad_image, a.height, a.width);
   Scatter<R, kDeterministic> scatter(b.scatter, b.measuring);
-  const Handover handover = kLanes == 1 && b.need_image ? plan_handover(active, sum_cell.offset, sum_steps.x) : Handover{};
+  const Handover handover =
+      kLanes == 1 && b.need_image ? plan_handover(active, sum_cell.offset, sum_steps.x) : Handover{};
 
   const int32_t share = kLanes == 1 ? blockDim.y : kLanes;
-  const T* grad = a.out.data + a.out.at(pixel.n, pixel.y, pixel.x);
+  const T* grad = b.grad_out.data + b.grad_out.at(pixel.n, pixel.y, pixel.x);
   R sum_x = 0, sum_y = 0;
   for (int32_t first = 0; first < a.channels; first += share) {  // the same number of rounds for all lanes of a warp
     const int32_t c = first + (kLanes == 1 ? threadIdx.y : threadIdx.x % kLanes);
     const bool busy = active && c < a.channels;
-    const R g = busy ? to_real(read_only(grad + c * a.out.c)) : R(0);
+    const R g = busy ? to_real(read_only(grad + c * b.grad_out.c)) : R(0);
     if (b.need_flow && busy) {
       const Corners<R> v = corners(a.image.data + c * a.image.c, cell.offset, steps);
       sum_x += g * bilinear_dx(v.v00, v.v01, v.v10, v.v11, cell.fraction_y);
       sum_y += g * bilinear_dy(v.v00, v.v01, v.v10, v.v11, cell.fraction_x);
     }
     if (b.need_image)
-      scatter_cell(scatter, busy, handover, sum_cell.offset + c * b.grad_image.c, sum_steps, cell.fraction_x, cell.fraction_y, g);
+      scatter_cell(scatter, busy, handover, sum_cell.offset + c * b.grad_image.c, sum_steps, cell.fraction_x,
+                   cell.fraction_y, g);
   }
   if (b.need_image) scatter.finish();
   if (!b.need_flow) return;
@@ -152,9 +161,8 @@ __global__ void __launch_bounds__(kThreads, 2) warp_backward(const __grid_consta
 }
 
 template <class T, class Index>
-WarpArguments<T, Index> warp_arguments(const Tensor& image, const Tensor& flow, const Tensor& out) {
+WarpInputs<T, Index> warp_inputs(const Tensor& image, const Tensor& flow) {
   return {view<T, Index>(image),
-          view<T, Index>(out),
           geometry_view<Index>(flow),
           image.size(0) * image.size(2) * image.size(3),
           static_cast<int32_t>(image.size(1)),
@@ -180,10 +188,11 @@ Tensor backward_warp(const Tensor& image, const Tensor& flow) {
     using T = typename decltype(type)::type;
     for_index(needs_64bit_offsets({&image, &flow, &out}), [&](auto index) {
       using Index = typename decltype(index)::type;
-      WarpArguments<T, Index> arguments = warp_arguments<T, Index>(image, flow, out);
+      WarpArguments<T, Index> arguments{warp_inputs<T, Index>(image, flow), view<T, Index>(out)};
       if (allows_channel_packs(image) && allows_channel_packs(out)) {
         arguments.items *= image.size(1) / kPackChannels<T>;
-        launch("backward_warp", &warp_channels_last<T, Index>, elementwise_plan(arguments.items), scope.stream, arguments);
+        launch("backward_warp", &warp_channels_last<T, Index>, elementwise_plan(arguments.items), scope.stream,
+               arguments);
         return;
       }
       const bool vectors = allows_vectors(flow, kVectorPixels) && allows_vectors(out, kVectorPixels);
@@ -196,8 +205,8 @@ Tensor backward_warp(const Tensor& image, const Tensor& flow) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad, const Tensor& image, const Tensor& flow, int64_t needs,
-                                                  bool deterministic) {
+std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad_out, const Tensor& image, const Tensor& flow,
+                                                  int64_t needs, bool deterministic) {
   const bool need_image = is_needed(needs, WarpInput::kImage), need_flow = is_needed(needs, WarpInput::kFlow);
   const DeviceScope scope(image);
   const ScatteredGradient grad_image(image, need_image, deterministic, scope.stream);
@@ -207,18 +216,20 @@ std::tuple<Tensor, Tensor> backward_warp_backward(const Tensor& grad, const Tens
   const Tensor& sums = need_image ? grad_image.gradient : image;  // for the strides
   for_type(image, [&](auto type) {
     using T = typename decltype(type)::type;
-    for_index(needs_64bit_offsets({&image, &flow, &grad, &sums, &grad_flow}), [&](auto index) {
+    for_index(needs_64bit_offsets({&image, &flow, &grad_out, &sums, &grad_flow}), [&](auto index) {
       using Index = typename decltype(index)::type;
-      WarpBackwardArguments<T, Index> arguments{warp_arguments<T, Index>(image, flow, grad),
+      WarpBackwardArguments<T, Index> arguments{warp_inputs<T, Index>(image, flow),
+                                                view<T, Index>(grad_out),
                                                 view<T, Index>(sums),
                                                 need_flow ? geometry_view<Index>(grad_flow) : GeometryView<Index>{},
                                                 grad_image.arguments(),
                                                 need_image,
                                                 need_flow,
                                                 false};
-      const int64_t pixels = arguments.forward.items, channels = image.size(1);
+      const int64_t pixels = arguments.items, channels = image.size(1);
       const bool grouped = is_channels_last(image) && channels >= kLaneGroup;
-      const Plan plan = grouped ? elementwise_plan(pixels * kLaneGroup) : warp_backward_plan(pixels, channels, sizeof(Real<T>)).plan;
+      const Plan plan =
+          grouped ? elementwise_plan(pixels * kLaneGroup) : warp_backward_plan(pixels, channels, sizeof(Real<T>)).plan;
       const auto add = grouped ? &warp_backward<T, Index, false, kLaneGroup> : &warp_backward<T, Index, false, 1>;
       const auto add_fixed = grouped ? &warp_backward<T, Index, true, kLaneGroup> : &warp_backward<T, Index, true, 1>;
       if (need_image && deterministic) {

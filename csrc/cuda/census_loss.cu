@@ -1,15 +1,16 @@
 // census_loss on CUDA: the grey values of a tile and its surroundings lie in shared memory; no patch is ever stored.
 //
-// Two pixels' normalised difference changes sign when they swap roles, and its square does not: the forward evaluates each pair
-// of pixels once, and counts it for those of the two whose window lies inside the picture.
-#include "cuda/host.h"
+// Two pixels' normalised difference changes sign when they swap roles, and its square does not: the forward evaluates
+// each pair of pixels once, and counts it for those of the two whose window lies inside the picture.
+#include "cuda/tensors.h"
 
 namespace safnet::cuda {
 
 constexpr int kTileWidth = 32, kTileHeight = 32, kRowsPerThread = 4;
 constexpr int kLargestRadius = 7;
 
-// The tile's pixels, and `above` rows before, `radius` rows after, `radius` columns on both sides; zero outside the picture.
+// The tile's pixels, and `above` rows before, `radius` rows after, `radius` columns on both sides; zero outside the
+// picture.
 struct CensusPlan {
   Plan plan;
   int64_t blocks;
@@ -32,8 +33,8 @@ template <class T, class Index>
 struct CensusArguments {
   View<T, Index> prediction, target;
   View<T, Index> grad_prediction;
-  const Real<T>* grad;  // of the loss
-  Real<T>* partial;     // one sum a block
+  const Real<T>* grad_out;  // of the loss
+  Real<T>* partial;         // one sum a block
   int32_t batch, channels, height, width, radius;
   double scale;  // of the gradient: one over the number of summands
 };
@@ -70,7 +71,8 @@ struct Pair {
 };
 
 template <class T, class Index>
-__device__ __forceinline__ Real<T> grey(const View<T, Index>& picture, Index n, int32_t y, int32_t x, int32_t channels) {
+__device__ __forceinline__ Real<T> grey(const View<T, Index>& picture, Index n, int32_t y, int32_t x,
+                                        int32_t channels) {
   const T* pixel = picture.data + picture.at(n, static_cast<Index>(y), static_cast<Index>(x));
   Real<T> sum = 0;
   for (int32_t c = 0; c < channels; ++c) sum += to_real(read_only(pixel + c * picture.c));
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kTileWidth* kTileHeight / kRowsPerThread, 2)
   const int radius = tile.radius;
   const int x = threadIdx.x, y = threadIdx.y * kRowsPerThread;
   const int tiles_y = (a.height + kTileHeight - 1) / kTileHeight;
-  const R scale = *a.grad * static_cast<R>(a.scale);
+  const R scale = *a.grad_out * static_cast<R>(a.scale);
   for (int32_t n = blockIdx.z; n < a.batch; n += gridDim.z) {
     for (int32_t tile_y = blockIdx.y; tile_y < tiles_y; tile_y += gridDim.y) {
       tile.load(a, n, tile_y);
@@ -291,7 +293,8 @@ Tensor census_loss(const Tensor& prediction, const Tensor& target, int64_t patch
   return loss;
 }
 
-Tensor census_loss_backward(const Tensor& grad, const Tensor& prediction, const Tensor& target, int64_t patch_size, bool) {
+Tensor census_loss_backward(const Tensor& grad_out, const Tensor& prediction, const Tensor& target, int64_t patch_size,
+                            bool) {
   const DeviceScope scope(prediction);
   Tensor grad_prediction = empty_image(prediction);
   if (prediction.numel() == 0) return grad_prediction;
@@ -302,12 +305,13 @@ Tensor census_loss_backward(const Tensor& grad, const Tensor& prediction, const 
       using Index = typename decltype(index)::type;
       CensusArguments<T, Index> arguments = census_arguments<T, Index>(prediction, target, patch_size);
       arguments.grad_prediction = view<T, Index>(grad_prediction);
-      arguments.grad = static_cast<const R*>(grad.data_ptr());
+      arguments.grad_out = static_cast<const R*>(grad_out.data_ptr());
       arguments.scale = census_scale(prediction, patch_size) / static_cast<double>(prediction.size(1));
       const int radius = arguments.radius;
       const auto kernel = radius == 3 ? &census_backward<T, Index, 3> : &census_backward<T, Index, 0>;
       launch("census_loss_backward", kernel,
-             census_plan(prediction.size(0), prediction.size(2), prediction.size(3), radius, sizeof(R)).plan, scope.stream, arguments);
+             census_plan(prediction.size(0), prediction.size(2), prediction.size(3), radius, sizeof(R)).plan,
+             scope.stream, arguments);
     });
   });
   return grad_prediction;

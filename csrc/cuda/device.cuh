@@ -1,4 +1,4 @@
-// What all kernels share on the device: number types, vector accesses, tensors seen through strides, sampling positions.
+// What all kernels share on the device: number types, vector accesses, tensors seen through strides.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,8 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-
-#include "math/bilinear.h"
 
 namespace safnet::cuda {
 
@@ -37,8 +35,8 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T value[kCount];
 };
 
-// A load of what no kernel writes meanwhile. The toolkit's __ldg of halves is assembly that the compiler may execute even where
-// a condition forbids it: theirs goes through the integer of that size.
+// A load of what no kernel writes meanwhile. The toolkit's __ldg of halves is assembly that the compiler may execute
+// even where a condition forbids it: theirs goes through the integer of that size.
 template <class T>
 __device__ __forceinline__ T read_only(const T* source) {
   if constexpr (sizeof(T) == 2) {
@@ -85,7 +83,9 @@ struct View {
   T* data;
   Index n, c, y, x;
 
-  __device__ __forceinline__ Index at(Index batch, Index row, Index column) const { return batch * n + row * y + column * x; }
+  __device__ __forceinline__ Index at(Index batch, Index row, Index column) const {
+    return batch * n + row * y + column * x;
+  }
 };
 
 // A flow or a mask: of the images' type or of float.
@@ -95,7 +95,9 @@ struct GeometryView {
   Index n, c, y, x;
   bool is_float;
 
-  __device__ __forceinline__ Index at(Index batch, Index row, Index column) const { return batch * n + row * y + column * x; }
+  __device__ __forceinline__ Index at(Index batch, Index row, Index column) const {
+    return batch * n + row * y + column * x;
+  }
 };
 
 template <class T, int kCount, class Index>
@@ -133,58 +135,13 @@ __device__ __forceinline__ PixelRun<Index> pixel_run(Index item, int32_t height,
   const Unsigned runs = static_cast<Unsigned>(width / kCount);
   const Unsigned row = static_cast<Unsigned>(item) / runs;
   const Unsigned n = row / static_cast<Unsigned>(height);
-  return {static_cast<Index>(n), static_cast<Index>(row - n * height), static_cast<Index>((item - row * runs) * kCount)};
+  return {static_cast<Index>(n), static_cast<Index>(row - n * height),
+          static_cast<Index>((item - row * runs) * kCount)};
 }
 
 template <class Index>
 __device__ __forceinline__ Index thread_item() {
   return static_cast<Index>(blockIdx.x) * static_cast<Index>(blockDim.x) + static_cast<Index>(threadIdx.x);
-}
-
-// Where a flow points in one picture of a batch: offset of the upper left of four neighbours, and the way to the others.
-template <class R, class Index>
-struct Cell {
-  Index offset;
-  R fraction_x, fraction_y;
-};
-
-template <class R, class T, class Index>
-__device__ __forceinline__ Cell<R, Index> locate(const View<T, Index>& image, const PixelRun<Index>& pixel, Index shift, R flow_x,
-                                                 R flow_y, int32_t height, int32_t width, bool* inside_x = nullptr,
-                                                 bool* inside_y = nullptr) {
-  const auto sample_x = sample_axis(static_cast<R>(pixel.x + shift) + flow_x, width);
-  const auto sample_y = sample_axis(static_cast<R>(pixel.y) + flow_y, height);
-  if (inside_x != nullptr) *inside_x = sample_x.inside;
-  if (inside_y != nullptr) *inside_y = sample_y.inside;
-  return {image.at(pixel.n, sample_y.index, sample_x.index), sample_x.fraction, sample_y.fraction};
-}
-
-// The four neighbours of one channel.
-template <class R>
-struct Corners {
-  R v00, v01, v10, v11;
-
-  __device__ __forceinline__ R sample(R fraction_x, R fraction_y) const {
-    return bilinear(v00, v01, v10, v11, fraction_x, fraction_y);
-  }
-};
-
-// Offsets from a cell's upper left pixel to its right and its lower neighbour; zero where the picture is one pixel wide or high.
-template <class Index>
-struct CellSteps {
-  Index x, y;
-};
-
-template <class T, class Index>
-__device__ __forceinline__ CellSteps<Index> cell_steps(const View<T, Index>& image, int32_t height, int32_t width) {
-  return {image.x * axis_step(width), image.y * axis_step(height)};
-}
-
-template <class T, class Index>
-__device__ __forceinline__ Corners<Real<T>> corners(const T* channel, Index offset, CellSteps<Index> steps) {
-  const T* corner = channel + offset;
-  return {to_real(read_only(corner)), to_real(read_only(corner + steps.x)), to_real(read_only(corner + steps.y)),
-          to_real(read_only(corner + steps.y + steps.x))};
 }
 
 }  // namespace safnet::cuda

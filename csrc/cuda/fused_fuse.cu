@@ -1,14 +1,21 @@
-// fused_fuse on CUDA. The formulas are in math/fusion.h and math/bilinear.h; the Python function documents shapes and borders.
-#include "cuda/fuse_host.h"
+// fused_fuse on CUDA. The formulas are in math/fusion.h and math/bilinear.h; the Python function documents shapes and
+// borders.
+#include "cuda/fusion_host.h"
 #include "cuda/scatter_host.h"
+#include "math/gradients.h"
 
 namespace safnet::cuda {
 
 template <class T, class Index>
-struct FuseArguments {
+struct FuseInputs {
   FuseImages<T, Index> images;
   GeometryView<Index> flow_short, flow_long, mask_short, mask_long;
   bool mask_logits;
+};
+
+template <class T, class Index>
+struct FuseArguments : FuseInputs<T, Index> {
+  View<T, Index> out;
 };
 
 // A thread fuses kPixels adjacent pixels: it reads their flows and masks once, then every channel.
@@ -43,24 +50,22 @@ __global__ void __launch_bounds__(kThreads) fuse(const __grid_constant__ FuseArg
       alignment.mask_long[k] = sigmoid(alignment.mask_long[k]);
     }
   }
-  fuse_channels<kPixels>(images, pixel, alignment);
+  fuse_channels<kPixels>(images, pixel, alignment, a.out);
 }
 
-// The operator's tensors in the order of its schema; one bit of `needs` for each.
-enum Input { kShort, kReference, kLong, kFlowShort, kFlowLong, kMaskShort, kMaskLong, kLdr, kWeightShort, kWeightReference, kWeightLong };
-constexpr int kInputs = kWeightLong + 1;
+constexpr int kFuseInputs = static_cast<int>(FuseInput::kWeightLong) + 1;
 
 template <class T, class Index>
-struct FuseBackwardArguments {
-  FuseArguments<T, Index> forward;
+struct FuseBackwardArguments : FuseInputs<T, Index> {
+  View<T, Index> grad_out;
   View<T, Index> grad_short, grad_long;  // for their strides: the sums have these layouts
   ScatterArguments scatter_short, scatter_long;
-  View<T, Index> grad_reference, grad_ldr, grad_weight_short, grad_weight_reference, grad_weight_long;
+  View<T, Index> grad_reference, grad_reference_ldr, grad_weight_short, grad_weight_reference, grad_weight_long;
   GeometryView<Index> grad_flow_short, grad_flow_long, grad_mask_short, grad_mask_long;
   uint32_t needs;
   bool measuring;  // find the scale of the scattered gradients only
 
-  __device__ __forceinline__ bool need(Input input) const { return needs >> input & 1; }
+  __device__ __forceinline__ bool need(FuseInput input) const { return is_needed(needs, input); }
 };
 
 // One warped exposure of one pixel in the backward.
@@ -73,9 +78,10 @@ struct Exposure {
   R mask, sum_mask = 0, sum_x = 0, sum_y = 0;
 
   template <class T>
-  __device__ __forceinline__ Exposure(const FuseArguments<T, Index>& a, const PixelRun<Index>& pixel, bool active,
-                                      const View<T, Index>& image, const View<T, Index>& sums, const GeometryView<Index>& flow,
-                                      const GeometryView<Index>& mask_view, bool scatters) {
+  __device__ __forceinline__ Exposure(const FuseInputs<T, Index>& a, const PixelRun<Index>& pixel, bool active,
+                                      const View<T, Index>& image, const View<T, Index>& sums,
+                                      const GeometryView<Index>& flow, const GeometryView<Index>& mask_view,
+                                      bool scatters) {
     const int32_t height = a.images.height, width = a.images.width;
     R flow_x, flow_y;
     const Index flow_offset = flow.at(pixel.n, pixel.y, pixel.x);
@@ -96,8 +102,9 @@ struct Exposure {
   }
 
   template <class T>
-  __device__ __forceinline__ void store_geometry_gradients(const PixelRun<Index>& pixel, const GeometryView<Index>& flow,
-                                                           bool need_flow, const GeometryView<Index>& mask_view, bool need_mask,
+  __device__ __forceinline__ void store_geometry_gradients(const PixelRun<Index>& pixel,
+                                                           const GeometryView<Index>& flow, bool need_flow,
+                                                           const GeometryView<Index>& mask_view, bool need_mask,
                                                            bool logits) const {
     if (need_flow) {
       const Index offset = flow.at(pixel.n, pixel.y, pixel.x);
@@ -105,28 +112,36 @@ struct Exposure {
       store_geometry<T>(flow, offset + flow.c, inside_y ? sum_y : R(0));
     }
     if (need_mask)
-      store_geometry<T>(mask_view, mask_view.at(pixel.n, pixel.y, pixel.x), logits ? sum_mask * mask * (1 - mask) : sum_mask);
+      store_geometry<T>(mask_view, mask_view.at(pixel.n, pixel.y, pixel.x),
+                        logits ? sum_mask * mask * (1 - mask) : sum_mask);
   }
 };
 
-// A thread takes one pixel, so that lanes hold neighbours (see scatter.cuh). Only what the needed gradients depend on is read.
+// A thread takes one pixel, so that lanes hold neighbours (see scatter.cuh). Only what the needed gradients depend on
+// is read.
 template <class T, class Index, bool kDeterministic>
 __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant__ FuseBackwardArguments<T, Index> b) {
   using R = Real<T>;
-  const FuseArguments<T, Index>& a = b.forward;
+  const FuseInputs<T, Index>& a = b;
   const FuseImages<T, Index>& images = a.images;
   const Index item = thread_item<Index>();
   const bool active = item < images.items;
   const PixelRun<Index> pixel = pixel_run<1>(active ? item : Index(0), images.height, images.width);
-  Exposure<R, Index> exposure_short(a, pixel, active, images.short_, b.grad_short, a.flow_short, a.mask_short, b.need(kShort));
-  Exposure<R, Index> exposure_long(a, pixel, active, images.long_, b.grad_long, a.flow_long, a.mask_long, b.need(kLong));
-  Scatter<R, kDeterministic> scatter_short(b.scatter_short, b.measuring && b.need(kShort));
-  Scatter<R, kDeterministic> scatter_long(b.scatter_long, b.measuring && b.need(kLong));
+  Exposure<R, Index> exposure_short(a, pixel, active, images.short_, b.grad_short, a.flow_short, a.mask_short,
+                                    b.need(FuseInput::kShort));
+  Exposure<R, Index> exposure_long(a, pixel, active, images.long_, b.grad_long, a.flow_long, a.mask_long,
+                                   b.need(FuseInput::kLong));
+  Scatter<R, kDeterministic> scatter_short(b.scatter_short, b.measuring && b.need(FuseInput::kShort));
+  Scatter<R, kDeterministic> scatter_long(b.scatter_long, b.measuring && b.need(FuseInput::kLong));
 
-  const bool need_base = b.need(kLdr) || b.need(kWeightShort) || b.need(kWeightReference) || b.need(kWeightLong);
-  const bool read_short = active && !b.measuring && (need_base || b.need(kFlowShort) || b.need(kMaskShort));
-  const bool read_long = active && !b.measuring && (need_base || b.need(kFlowLong) || b.need(kMaskLong));
-  const bool read_reference = active && !b.measuring && (need_base || b.need(kMaskShort) || b.need(kMaskLong));
+  const bool need_base = b.need(FuseInput::kReferenceLdr) || b.need(FuseInput::kWeightShort) ||
+                         b.need(FuseInput::kWeightReference) || b.need(FuseInput::kWeightLong);
+  const bool read_short =
+      active && !b.measuring && (need_base || b.need(FuseInput::kFlowShort) || b.need(FuseInput::kMaskShort));
+  const bool read_long =
+      active && !b.measuring && (need_base || b.need(FuseInput::kFlowLong) || b.need(FuseInput::kMaskLong));
+  const bool read_reference =
+      active && !b.measuring && (need_base || b.need(FuseInput::kMaskShort) || b.need(FuseInput::kMaskLong));
   const auto here = [&](const View<T, Index>& view, int32_t c) {
     return view.data + view.at(pixel.n, pixel.y, pixel.x) + c * view.c;
   };
@@ -134,53 +149,57 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
     Weights<R> base;
     load_base_weights<1>(images, pixel, c, &base);
     const Weights<R> w = reweight(base, exposure_short.mask, exposure_long.mask);
-    // Gradients with respect to the weighted sum's terms: out = (w.a v_short + w.b v_reference + w.c v_long) / sum of weights.
-    const R grad = active ? to_real(read_only(here(images.out, c))) * inverse_sum(w) : R(0);
+    // Of the weighted sum of values, which the mean divides by the sum of weights.
+    const R grad = active ? to_real(read_only(here(b.grad_out, c))) * inverse_sum(w) : R(0);
     Corners<R> corners_short{}, corners_long{};
     if (read_short)
-      corners_short = corners(images.short_.data + c * images.short_.c, exposure_short.cell.offset, exposure_short.steps);
-    if (read_long) corners_long = corners(images.long_.data + c * images.long_.c, exposure_long.cell.offset, exposure_long.steps);
+      corners_short =
+          corners(images.short_.data + c * images.short_.c, exposure_short.cell.offset, exposure_short.steps);
+    if (read_long)
+      corners_long = corners(images.long_.data + c * images.long_.c, exposure_long.cell.offset, exposure_long.steps);
     const R v_reference = read_reference ? to_real(read_only(here(images.reference, c))) : R(0);
     const R v_short = corners_short.sample(exposure_short.cell.fraction_x, exposure_short.cell.fraction_y);
     const R v_long = corners_long.sample(exposure_long.cell.fraction_x, exposure_long.cell.fraction_y);
 
-    exposure_short.add_flow(corners_short, grad * w.a);
-    exposure_long.add_flow(corners_long, grad * w.c);
-    exposure_short.sum_mask += grad * base.a * (v_short - v_reference);
-    exposure_long.sum_mask += grad * base.c * (v_long - v_reference);
-    if (b.need(kShort))
+    exposure_short.add_flow(corners_short, grad * w.short_);
+    exposure_long.add_flow(corners_long, grad * w.long_);
+    exposure_short.sum_mask += grad * base.short_ * (v_short - v_reference);
+    exposure_long.sum_mask += grad * base.long_ * (v_long - v_reference);
+    if (b.need(FuseInput::kShort))
       scatter_cell(scatter_short, active, exposure_short.handover, exposure_short.sum_cell.offset + c * b.grad_short.c,
-                   exposure_short.sum_steps, exposure_short.cell.fraction_x, exposure_short.cell.fraction_y, grad * w.a);
-    if (b.need(kLong))
+                   exposure_short.sum_steps, exposure_short.cell.fraction_x, exposure_short.cell.fraction_y,
+                   grad * w.short_);
+    if (b.need(FuseInput::kLong))
       scatter_cell(scatter_long, active, exposure_long.handover, exposure_long.sum_cell.offset + c * b.grad_long.c,
-                   exposure_long.sum_steps, exposure_long.cell.fraction_x, exposure_long.cell.fraction_y, grad * w.c);
+                   exposure_long.sum_steps, exposure_long.cell.fraction_x, exposure_long.cell.fraction_y,
+                   grad * w.long_);
     if (!active || b.measuring) continue;
-    if (b.need(kReference)) *here(b.grad_reference, c) = from_real<T>(grad * w.b);
+    if (b.need(FuseInput::kReference)) *here(b.grad_reference, c) = from_real<T>(grad * w.reference);
     if (!need_base) continue;
     const R mean = weighted_mean(w, v_short, v_reference, v_long);
     const R by_reference = grad * (v_reference - mean);
     const R by_short = grad * (v_short - mean) * exposure_short.mask + by_reference * (1 - exposure_short.mask);
     const R by_long = grad * (v_long - mean) * exposure_long.mask + by_reference * (1 - exposure_long.mask);
-    if (b.need(kLdr)) {
-      const R z = to_real(read_only(here(images.ldr, c)));
-      *here(b.grad_ldr, c) = from_real<T>(triangle_weights_backward(z, {by_short, by_reference, by_long}));
+    if (b.need(FuseInput::kReferenceLdr)) {
+      const R z = to_real(read_only(here(images.reference_ldr, c)));
+      *here(b.grad_reference_ldr, c) = from_real<T>(triangle_weights_backward(z, {by_short, by_reference, by_long}));
     }
-    if (b.need(kWeightShort)) *here(b.grad_weight_short, c) = from_real<T>(by_short);
-    if (b.need(kWeightReference)) *here(b.grad_weight_reference, c) = from_real<T>(by_reference);
-    if (b.need(kWeightLong)) *here(b.grad_weight_long, c) = from_real<T>(by_long);
+    if (b.need(FuseInput::kWeightShort)) *here(b.grad_weight_short, c) = from_real<T>(by_short);
+    if (b.need(FuseInput::kWeightReference)) *here(b.grad_weight_reference, c) = from_real<T>(by_reference);
+    if (b.need(FuseInput::kWeightLong)) *here(b.grad_weight_long, c) = from_real<T>(by_long);
   }
   scatter_short.finish();
   scatter_long.finish();
   if (!active || b.measuring) return;
-  exposure_short.template store_geometry_gradients<T>(pixel, b.grad_flow_short, b.need(kFlowShort), b.grad_mask_short,
-                                                      b.need(kMaskShort), a.mask_logits);
-  exposure_long.template store_geometry_gradients<T>(pixel, b.grad_flow_long, b.need(kFlowLong), b.grad_mask_long,
-                                                     b.need(kMaskLong), a.mask_logits);
+  exposure_short.template store_geometry_gradients<T>(pixel, b.grad_flow_short, b.need(FuseInput::kFlowShort),
+                                                      b.grad_mask_short, b.need(FuseInput::kMaskShort), a.mask_logits);
+  exposure_long.template store_geometry_gradients<T>(pixel, b.grad_flow_long, b.need(FuseInput::kFlowLong),
+                                                     b.grad_mask_long, b.need(FuseInput::kMaskLong), a.mask_logits);
 }
 
 template <class T, class Index>
-FuseArguments<T, Index> fuse_arguments(const FuseTensors& tensors, const Tensor& flow_short, const Tensor& flow_long,
-                                       const Tensor& mask_short, const Tensor& mask_long, bool mask_logits) {
+FuseInputs<T, Index> fuse_inputs(const FuseTensors& tensors, const Tensor& flow_short, const Tensor& flow_long,
+                                 const Tensor& mask_short, const Tensor& mask_long, bool mask_logits) {
   return {fuse_images<T, Index>(tensors),   geometry_view<Index>(flow_short), geometry_view<Index>(flow_long),
           geometry_view<Index>(mask_short), geometry_view<Index>(mask_long),  mask_logits};
 }
@@ -188,79 +207,110 @@ FuseArguments<T, Index> fuse_arguments(const FuseTensors& tensors, const Tensor&
 Tensor fused_fuse(const Tensor& short_, const Tensor& reference, const Tensor& long_, const Tensor& flow_short,
                   const Tensor& flow_long, const Tensor& mask_short, const Tensor& mask_long,
                   const std::optional<Tensor>& reference_ldr, const std::optional<Tensor>& weight_short,
-                  const std::optional<Tensor>& weight_reference, const std::optional<Tensor>& weight_long, bool mask_logits) {
+                  const std::optional<Tensor>& weight_reference, const std::optional<Tensor>& weight_long,
+                  bool mask_logits) {
   Tensor out = empty_image(short_);
   if (out.numel() == 0) return out;
   const DeviceScope scope(short_);
-  const FuseTensors tensors{short_, reference, long_, reference_ldr, weight_short, weight_reference, weight_long, out};
+  const FuseTensors tensors{short_, reference, long_, reference_ldr, weight_short, weight_reference, weight_long};
   const bool wide = needs_64bit_offsets({&short_, &reference, &long_, &flow_short, &flow_long, &mask_short, &mask_long,
                                          pointer(reference_ldr), pointer(weight_short), pointer(weight_reference),
                                          pointer(weight_long), &out});
-  bool vectors = allow_vectors(tensors);
+  bool vectors = allow_vectors(tensors, out);
   for (const Tensor* tensor : {&flow_short, &flow_long, &mask_short, &mask_long})
     vectors = vectors && allows_vectors(*tensor, kVectorPixels);
   for_type(short_, [&](auto type) {
     using T = typename decltype(type)::type;
     for_index(wide, [&](auto index) {
       using Index = typename decltype(index)::type;
-      auto arguments = fuse_arguments<T, Index>(tensors, flow_short, flow_long, mask_short, mask_long, mask_logits);
-      if (vectors) arguments.images.items /= kVectorPixels;
+      FuseArguments<T, Index> arguments{
+          fuse_inputs<T, Index>(tensors, flow_short, flow_long, mask_short, mask_long, mask_logits),
+          view<T, Index>(out)};
+      int64_t& items = arguments.images.items;
+      if (vectors) items /= kVectorPixels;
       const auto kernel = vectors ? &fuse<T, Index, kVectorPixels> : &fuse<T, Index, 1>;
-      launch("fused_fuse", kernel, elementwise_plan(arguments.images.items), scope.stream, arguments);
+      launch("fused_fuse", kernel, elementwise_plan(items), scope.stream, arguments);
     });
   });
   return out;
 }
 
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients fused_fuse_backward(const Tensor& grad, const Tensor& short_, const Tensor& reference, const Tensor& long_,
-                              const Tensor& flow_short, const Tensor& flow_long, const Tensor& mask_short,
-                              const Tensor& mask_long, const std::optional<Tensor>& reference_ldr,
-                              const std::optional<Tensor>& weight_short, const std::optional<Tensor>& weight_reference,
-                              const std::optional<Tensor>& weight_long, bool mask_logits, int64_t needs, bool deterministic) {
+Gradients fused_fuse_backward(const Tensor& grad_out, const Tensor& short_, const Tensor& reference,
+                              const Tensor& long_, const Tensor& flow_short, const Tensor& flow_long,
+                              const Tensor& mask_short, const Tensor& mask_long,
+                              const std::optional<Tensor>& reference_ldr, const std::optional<Tensor>& weight_short,
+                              const std::optional<Tensor>& weight_reference, const std::optional<Tensor>& weight_long,
+                              bool mask_logits, int64_t needs, bool deterministic) {
   const DeviceScope scope(short_);
-  const Tensor* inputs[kInputs] = {&short_,    &reference, &long_,      &flow_short,
-                                   &flow_long, &mask_short, &mask_long, pointer(reference_ldr),
-                                   pointer(weight_short), pointer(weight_reference), pointer(weight_long)};
-  const auto need = [&](int input) { return (needs >> input & 1) != 0 && inputs[input] != nullptr; };
-  const ScatteredGradient grad_short(short_, need(kShort), deterministic, scope.stream);
-  const ScatteredGradient grad_long(long_, need(kLong), deterministic, scope.stream);
+  // In the order of FuseInput.
+  const Tensor* inputs[kFuseInputs] = {&short_,
+                                       &reference,
+                                       &long_,
+                                       &flow_short,
+                                       &flow_long,
+                                       &mask_short,
+                                       &mask_long,
+                                       pointer(reference_ldr),
+                                       pointer(weight_short),
+                                       pointer(weight_reference),
+                                       pointer(weight_long)};
+  for (int i = 0; i < kFuseInputs; ++i)
+    if (inputs[i] == nullptr) needs &= ~(int64_t{1} << i);
+  const auto need = [&](FuseInput input) { return is_needed(needs, input); };
+  const ScatteredGradient grad_short(short_, need(FuseInput::kShort), deterministic, scope.stream);
+  const ScatteredGradient grad_long(long_, need(FuseInput::kLong), deterministic, scope.stream);
   std::vector<Tensor> gradients;
-  for (int i = 0; i < kInputs; ++i) {
-    if (i == kShort || i == kLong) gradients.push_back(i == kShort ? grad_short.gradient : grad_long.gradient);
-    else gradients.push_back(need(i) ? empty_gradient(*inputs[i], true) : no_gradient(grad));
+  for (int i = 0; i < kFuseInputs; ++i) {
+    const auto input = static_cast<FuseInput>(i);
+    if (input == FuseInput::kShort) gradients.push_back(grad_short.gradient);
+    else if (input == FuseInput::kLong) gradients.push_back(grad_long.gradient);
+    else gradients.push_back(need(input) ? empty_gradient(*inputs[i], true) : no_gradient(grad_out));
   }
+  const auto gradient = [&](FuseInput input) -> const Tensor& { return gradients[static_cast<size_t>(input)]; };
   const auto result = [&]() -> Gradients {
     return {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5],
             gradients[6], gradients[7], gradients[8], gradients[9], gradients[10]};
   };
-  uint32_t bits = 0;
-  bool wide = needs_64bit_offsets({&grad});
-  for (int i = 0; i < kInputs; ++i) {
-    if (need(i)) bits |= 1u << i, wide = wide || needs_64bit_offsets({&gradients[i]});
-    wide = wide || needs_64bit_offsets({inputs[i]});
-  }
   if (short_.size(1) == 0)
-    for (int i = kFlowShort; i <= kMaskLong; ++i) zero(gradients[i], scope.stream);
-  if (short_.numel() == 0 || bits == 0) return result();
+    for (auto input : {FuseInput::kFlowShort, FuseInput::kFlowLong, FuseInput::kMaskShort, FuseInput::kMaskLong})
+      zero(gradient(input), scope.stream);
+  if (short_.numel() == 0 || needs == 0) return result();
 
+  bool wide = needs_64bit_offsets({&grad_out});
+  for (int i = 0; i < kFuseInputs; ++i) wide = wide || needs_64bit_offsets({inputs[i], &gradients[i]});
   for_type(short_, [&](auto type) {
     using T = typename decltype(type)::type;
     for_index(wide, [&](auto index) {
       using Index = typename decltype(index)::type;
-      const auto image_view = [&](Input i) { return need(i) ? view<T, Index>(gradients[i]) : View<T, Index>{}; };
-      const auto geometry = [&](Input i) { return need(i) ? geometry_view<Index>(gradients[i]) : GeometryView<Index>{}; };
-      const FuseTensors tensors{short_, reference, long_, reference_ldr, weight_short, weight_reference, weight_long, grad};
+      const auto image = [&](FuseInput input) {
+        return need(input) ? view<T, Index>(gradient(input)) : View<T, Index>{};
+      };
+      const auto geometry = [&](FuseInput input) {
+        return need(input) ? geometry_view<Index>(gradient(input)) : GeometryView<Index>{};
+      };
+      const FuseTensors tensors{short_, reference, long_, reference_ldr, weight_short, weight_reference, weight_long};
       FuseBackwardArguments<T, Index> arguments{
-          fuse_arguments<T, Index>(tensors, flow_short, flow_long, mask_short, mask_long, mask_logits),
-          image_view(kShort), image_view(kLong), grad_short.arguments(), grad_long.arguments(),
-          image_view(kReference), image_view(kLdr), image_view(kWeightShort), image_view(kWeightReference), image_view(kWeightLong),
-          geometry(kFlowShort), geometry(kFlowLong), geometry(kMaskShort), geometry(kMaskLong),
-          bits, false};
-      const Plan plan = elementwise_plan(arguments.forward.images.items);
-      if (deterministic && (need(kShort) || need(kLong))) {
+          fuse_inputs<T, Index>(tensors, flow_short, flow_long, mask_short, mask_long, mask_logits),
+          view<T, Index>(grad_out),
+          image(FuseInput::kShort),
+          image(FuseInput::kLong),
+          grad_short.arguments(),
+          grad_long.arguments(),
+          image(FuseInput::kReference),
+          image(FuseInput::kReferenceLdr),
+          image(FuseInput::kWeightShort),
+          image(FuseInput::kWeightReference),
+          image(FuseInput::kWeightLong),
+          geometry(FuseInput::kFlowShort),
+          geometry(FuseInput::kFlowLong),
+          geometry(FuseInput::kMaskShort),
+          geometry(FuseInput::kMaskLong),
+          static_cast<uint32_t>(needs),
+          false};
+      const Plan plan = elementwise_plan(arguments.images.items);
+      if (deterministic && (need(FuseInput::kShort) || need(FuseInput::kLong))) {
         arguments.measuring = true;
         launch("fused_fuse_backward", &fuse_backward<T, Index, true>, plan, scope.stream, arguments);
         arguments.measuring = false;

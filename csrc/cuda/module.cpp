@@ -1,4 +1,4 @@
-// The Python module safnet_ops._C_cuda: importing it registers the CUDA kernels (see SAFNET_REGISTER in host.h).
+// The Python module safnet_ops._C_cuda: importing it registers the CUDA kernels (see SAFNET_REGISTER in tensors.h).
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
@@ -9,7 +9,14 @@
 #endif
 
 extern "C" SAFNET_EXPORT PyObject* PyInit__C_cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels of safnet_ops, for " SAFNET_ARCHITECTURES ".",
-                               -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "_C_cuda",
+                               "CUDA kernels of safnet_ops, for " SAFNET_ARCHITECTURES ".",
+                               -1,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
   return PyModule_Create(&module);
 }

@@ -1,4 +1,5 @@
-// Launch plans: grid, block, shared memory and the choice of kernel variant, from sizes alone. Plain C++, no CUDA types.
+// Launch plans: grid, block, shared memory and the choice of kernel variant, from sizes alone. Plain C++, no CUDA
+// types.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +26,8 @@ inline Plan elementwise_plan(int64_t items) {
   return plan;
 }
 
-// backward_warp forward over planes: the channels are split over blockIdx.y until the device has enough threads, but not so far
-// that reading the flow again (from cache) weighs.
+// backward_warp forward over planes: the channels are split over blockIdx.y until the device has enough threads, but
+// not so far that reading the flow again (from cache) weighs.
 inline Plan warp_forward_plan(int64_t items, int64_t channels) {
   constexpr int64_t kEnoughThreads = 1 << 18, kLeastChannels = 8;
   const int64_t wanted = divide_up(kEnoughThreads, std::max<int64_t>(items, 1));
@@ -35,8 +36,8 @@ inline Plan warp_forward_plan(int64_t items, int64_t channels) {
   return plan;
 }
 
-// backward_warp backward: a block holds kThreads / slices pixels; each slice of threads takes every slices-th channel, and the
-// slices' sums for the flow meet in shared memory.
+// backward_warp backward: a block holds kThreads / slices pixels; each slice of threads takes every slices-th channel,
+// and the slices' sums for the flow meet in shared memory.
 struct WarpBackwardPlan {
   Plan plan;
   int slices;
@@ -56,9 +57,9 @@ inline WarpBackwardPlan warp_backward_plan(int64_t pixels, int64_t channels, siz
 // The same for channels_last: kLaneGroup neighbouring lanes share a pixel, and read and add its channels side by side.
 constexpr int kLaneGroup = 8;
 
-// group_conv_shuffle. A block computes 32 rows x 16 columns of the result for 8 n output channels of a group, and walks over the
-// input channels in chunks of 32 bytes a pixel: the chunk's patch of the input and all its weights lie in shared memory, in
-// `stages` buffers, so that copies of the next chunks overlap the products of this one.
+// group_conv_shuffle. A block computes 32 rows x 16 columns of the result for 8 n output channels of a group, and walks
+// over the input channels in chunks of 32 bytes a pixel: the chunk's patch of the input and all its weights lie in
+// shared memory, in `stages` buffers, so that copies of the next chunks overlap the products of this one.
 constexpr int kConvRows = 32, kConvColumns = 16, kConvWarps = 4, kConvWarpRows = 8;
 constexpr int kChunkBytes = 32, kPieceBytes = 16;  // channels of one pixel: of a stage, and of one 16-byte access
 constexpr int kTaps = 9;
@@ -87,7 +88,8 @@ inline int64_t patch_width(const ConvGeometry& g, int64_t columns) {
 
 inline int64_t conv_weight_bytes(int n) { return int64_t{kTaps} * n * 8 * kChunkBytes; }
 
-// How many 8-channel blocks a thread block takes: of the sizes there are, the one that wastes least. 40 = 5 blocks, 80 = 2 x 5.
+// How many 8-channel blocks a thread block takes: of the sizes there are, the one that wastes least. 40 = 5 blocks, 80
+// = 2 x 5.
 inline int channel_blocks(int64_t channels_out) {
   constexpr int kLargest = 5;
   const int64_t blocks = divide_up(channels_out, 8 * kLargest), each = divide_up(divide_up(channels_out, 8), blocks);
@@ -135,37 +137,41 @@ inline PackPlan pack_plan(const ConvPlan& conv, int64_t groups, size_t element_b
   return p;
 }
 
-// Backward of shuffle and PReLU: blockIdx.x is a channel, or 32 of them where channels lie together; blockIdx.y a slice of pixels.
+// Backward of shuffle and PReLU: blockIdx.x is a channel, or 32 of them where channels lie together; blockIdx.y a slice
+// of pixels.
 constexpr int64_t kBusyBlocks = 1024;
 
 inline Plan activation_plan(int64_t pixels, int64_t channels, bool channels_together) {
   Plan plan;
   const int64_t blocks = channels_together ? divide_up(channels, 32) : channels;
   plan.grid[0] = static_cast<uint32_t>(blocks);
-  plan.grid[1] = static_cast<uint32_t>(std::clamp<int64_t>(std::min(divide_up(kBusyBlocks, blocks), divide_up(pixels, 2048)), 1, 1024));
+  plan.grid[1] = static_cast<uint32_t>(
+      std::clamp<int64_t>(std::min(divide_up(kBusyBlocks, blocks), divide_up(pixels, 2048)), 1, 1024));
   plan.block[0] = kThreads;
   return plan;
 }
 
-// Gradient of the weights: blockIdx.x is a block of output and input channels, blockIdx.y a slice of the tiles. In plain arithmetic
-// kPairs x kPairs channels and tiles of kGradRows rows; on tensor cores 8 n x 16 channels.
+// Gradient of the weights: blockIdx.x is a block of output and input channels, blockIdx.y a slice of the tiles. In
+// plain arithmetic kPairs x kPairs channels and tiles of kGradRows rows; on tensor cores 8 n x 16 channels.
 constexpr int kPairs = 8, kGradRows = 8, kGradColumns = 32, kQuarters = 4, kGradWarps = 8;
 
-struct WeightGradPlan {
+struct WeightGradientPlan {
   Plan plan;
   int64_t slices;
-  int patch_height = 0, patch_width = 0;  // 0: the patch does not fit into shared memory
+  int patch_height = 0, patch_width = 0;    // 0: the patch does not fit into shared memory
   int n = 0, rows = kGradRows, stages = 0;  // on tensor cores; no stages: impossible
 };
 
-inline WeightGradPlan weight_grad_tensor_plan(const ConvGeometry& g, int n, size_t element_bytes, int64_t shared_limit,
-                                              int64_t multiprocessors) {
+inline WeightGradientPlan weight_gradient_tensor_plan(const ConvGeometry& g, int n, size_t element_bytes,
+                                                      int64_t shared_limit, int64_t multiprocessors) {
   constexpr int64_t kIn = 16;
-  WeightGradPlan p;
+  WeightGradientPlan p;
   p.n = n;
   const int64_t blocks = divide_up(g.channels_out, 8 * n) * divide_up(g.channels_in, kIn);
   const int64_t width = patch_width(g, kGradColumns), chunks = divide_up(n, 2);
-  const auto stage = [&](int64_t rows) { return (patch_height(g, rows) * width + chunks * rows * kGradColumns) * kChunkBytes; };
+  const auto stage = [&](int64_t rows) {
+    return (patch_height(g, rows) * width + chunks * rows * kGradColumns) * kChunkBytes;
+  };
   // 16 rows amortise the halo better; 8, where only so two stages fit.
   p.rows = 2 * stage(16) <= shared_limit ? 16 : 8;
   const int64_t meeting = int64_t{kGradWarps / 2} * kTaps * n * 4 * 32 * 4;
@@ -184,12 +190,13 @@ inline WeightGradPlan weight_grad_tensor_plan(const ConvGeometry& g, int n, size
   return p;
 }
 
-inline WeightGradPlan weight_grad_plan(const ConvGeometry& g, size_t bytes_of_real, int64_t shared_limit) {
-  WeightGradPlan p;
+inline WeightGradientPlan weight_gradient_plan(const ConvGeometry& g, size_t bytes_of_real, int64_t shared_limit) {
+  WeightGradientPlan p;
   const int64_t blocks = divide_up(g.channels_out, kPairs) * divide_up(g.channels_in, kPairs);
   const int64_t tiles = divide_up(g.out_height, kGradRows) * divide_up(g.out_width, kGradColumns) * g.batch;
   p.slices = std::clamp<int64_t>(std::min(divide_up(kBusyBlocks, blocks * g.groups), tiles), 1, 65535);
-  const int64_t height = (kGradRows - 1) * g.stride + 2 * g.dilation + 1, width = (kGradColumns - 1) * g.stride + 2 * g.dilation + 1;
+  const int64_t height = (kGradRows - 1) * g.stride + 2 * g.dilation + 1,
+                width = (kGradColumns - 1) * g.stride + 2 * g.dilation + 1;
   const int64_t grads = kPairs * (kGradRows * kGradColumns + 1), meeting = int64_t{kTaps} * kPairs * kPairs;
   int64_t patch = kPairs * ((height * width) | 1);
   if ((grads + patch) * static_cast<int64_t>(bytes_of_real) <= shared_limit) {
@@ -197,9 +204,8 @@ inline WeightGradPlan weight_grad_plan(const ConvGeometry& g, size_t bytes_of_re
   } else {
     patch = kPairs;
   }
-  p.plan.grid[0] = static_cast<uint32_t>(blocks);
+  p.plan.grid[0] = static_cast<uint32_t>(blocks * g.groups);  // z has room for 65535 groups only
   p.plan.grid[1] = static_cast<uint32_t>(p.slices);
-  p.plan.grid[2] = static_cast<uint32_t>(g.groups);
   p.plan.block[0] = kThreads;
   p.plan.shared_bytes = static_cast<uint32_t>(std::max(grads + patch, meeting) * static_cast<int64_t>(bytes_of_real));
   return p;

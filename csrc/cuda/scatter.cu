@@ -57,7 +57,8 @@ void ScatteredGradient::finish(cudaStream_t stream) const {
     if (deterministic_) {
       launch("convert_fixed_sums", &convert_fixed_sums<T>, plan, stream, arguments(), target, count);
     } else {
-      launch("convert_sums", &convert_sums<T>, plan, stream, static_cast<const Real<T>*>(sums_->data_ptr()), target, count);
+      launch("convert_sums", &convert_sums<T>, plan, stream, static_cast<const Real<T>*>(sums_->data_ptr()), target,
+             count);
     }
   });
 }

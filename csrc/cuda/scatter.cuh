@@ -1,11 +1,11 @@
 // Adding bilinear samples' gradients to the four pixels they came from.
 //
-// By default with atomic additions in Real. Deterministic: in 64-bit fixed point, whose additions are associative, so that no
-// order of blocks or warps changes a bit. A first launch of the same kernel ("measuring") finds the largest value, which sets
-// the scale; the three lowest bits of a sum are flags that note NaN, +inf and -inf.
+// By default with atomic additions in Real. Deterministic: in 64-bit fixed point, whose additions are associative, so
+// that no order of blocks or warps changes a bit. A first launch of the same kernel ("measuring") finds the largest
+// value, which sets the scale; the three lowest bits of a sum are flags that note NaN, +inf and -inf.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/sampling.cuh"
 
 namespace safnet::cuda {
 
@@ -23,7 +23,7 @@ constexpr int kFixedWords = std::is_same_v<R, double> ? 2 : 1;
 // What a kernel needs to know about one scattered gradient. `sums` has the layout of the gradient tensor.
 struct ScatterArguments {
   void* sums;                   // Real, or kFixedWords<Real> integers an element
-  unsigned long long* largest;  // bits of the largest finite magnitude; deterministic mode only
+  unsigned long long* largest;  // bits of the largest finite magnitude; null: not deterministic, or not needed
   int headroom;                 // log2 of how many values may meet in one sum
 };
 
@@ -55,7 +55,8 @@ class Scatter;
 template <class R>
 class Scatter<R, false> {
  public:
-  __device__ __forceinline__ Scatter(const ScatterArguments& arguments, bool) : sums_(static_cast<R*>(arguments.sums)) {}
+  __device__ __forceinline__ Scatter(const ScatterArguments& arguments, bool)
+      : sums_(static_cast<R*>(arguments.sums)) {}
 
   template <class Index>
   __device__ __forceinline__ void add(Index offset, R value) {
@@ -75,7 +76,7 @@ class Scatter<R, true> {
       : sums_(static_cast<unsigned long long*>(arguments.sums)),
         largest_(arguments.largest),
         measuring_(measuring),
-        scale_(measuring ? 0 : *arguments.largest, arguments.headroom) {}
+        scale_(measuring || arguments.largest == nullptr ? 0 : *arguments.largest, arguments.headroom) {}
 
   template <class Index>
   __device__ __forceinline__ void add(Index offset, R value) {
@@ -111,8 +112,7 @@ class Scatter<R, true> {
     // Bits of numbers >= 0 are in the order of the numbers.
     if constexpr (std::is_same_v<R, double>)
       atomicMax(largest_, static_cast<unsigned long long>(__double_as_longlong(seen_)));
-    else
-      atomicMax(largest_, static_cast<unsigned long long>(__float_as_uint(seen_)));
+    else atomicMax(largest_, static_cast<unsigned long long>(__float_as_uint(seen_)));
   }
 
  private:
@@ -123,8 +123,8 @@ class Scatter<R, true> {
   R seen_ = 0;
 };
 
-// Neighbouring lanes hold neighbouring pixels, and where the flow is smooth, a pixel's right samples are the next pixel's left
-// ones. Handing them over before they are added halves the atomics.
+// Neighbouring lanes hold neighbouring pixels, and where the flow is smooth, a pixel's right samples are the next
+// pixel's left ones. Handing them over before they are added halves the atomics.
 struct Handover {
   bool gives, takes;
 };
@@ -141,13 +141,15 @@ __device__ __forceinline__ Handover plan_handover(bool active, Index offset, Ind
 
 // Adds one channel's value to the cell's four pixels. All threads of a warp call this together.
 template <class R, class Index, bool kDeterministic>
-__device__ __forceinline__ void scatter_cell(Scatter<R, kDeterministic>& scatter, bool active, Handover handover, Index offset,
-                                             CellSteps<Index> steps, R fraction_x, R fraction_y, R value) {
+__device__ __forceinline__ void scatter_cell(Scatter<R, kDeterministic>& scatter, bool active, Handover handover,
+                                             Index offset, CellSteps<Index> steps, R fraction_x, R fraction_y,
+                                             R value) {
   if (scatter.measures(active ? value : R(0))) return;
   const R right = value * fraction_x, left = value * (1 - fraction_x);
   const R upper_right = right * (1 - fraction_y), lower_right = right * fraction_y;
   R upper_left = left * (1 - fraction_y), lower_left = left * fraction_y;
-  const R upper_before = __shfl_up_sync(0xffffffffu, upper_right, 1), lower_before = __shfl_up_sync(0xffffffffu, lower_right, 1);
+  const R upper_before = __shfl_up_sync(0xffffffffu, upper_right, 1),
+          lower_before = __shfl_up_sync(0xffffffffu, lower_right, 1);
   if (handover.takes) upper_left += upper_before, lower_left += lower_before;
   if (!active) return;
   scatter.add(offset, upper_left);

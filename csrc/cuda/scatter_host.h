@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "cuda/host.h"
 #include "cuda/scatter.cuh"
+#include "cuda/tensors.h"
 
 namespace safnet::cuda {
 
@@ -14,7 +14,9 @@ class ScatteredGradient {
   ScatteredGradient(const Tensor& image, bool needed, bool deterministic, cudaStream_t stream);
 
   ScatterArguments arguments() const {
-    return {sums_ ? sums_->data_ptr() : needed_ ? gradient.data_ptr() : nullptr,
+    return {sums_     ? sums_->data_ptr()
+            : needed_ ? gradient.data_ptr()
+                      : nullptr,
             largest_ ? static_cast<unsigned long long*>(largest_->data_ptr()) : nullptr, headroom_};
   }
 

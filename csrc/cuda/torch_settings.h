@@ -14,7 +14,8 @@ inline bool torch_allows_tf32() {
   PyObject* cudnn = PyImport_ImportModule("torch.backends.cudnn");
   PyObject* convolutions = cudnn != nullptr ? PyObject_GetAttrString(cudnn, "conv") : nullptr;
   PyObject* precision = convolutions != nullptr ? PyObject_GetAttrString(convolutions, "fp32_precision") : nullptr;
-  const bool allowed = precision != nullptr && PyUnicode_Check(precision) && PyUnicode_CompareWithASCIIString(precision, "tf32") == 0;
+  const bool allowed =
+      precision != nullptr && PyUnicode_Check(precision) && PyUnicode_CompareWithASCIIString(precision, "tf32") == 0;
   Py_XDECREF(precision);
   Py_XDECREF(convolutions);
   Py_XDECREF(cudnn);

@@ -1,12 +1,13 @@
 // upsample_fuse on CUDA: flows and masks are resized in registers, written once, and used for the fusion on the way.
-#include "cuda/fuse_host.h"
+#include "cuda/fusion_host.h"
 
 namespace safnet::cuda {
 
 template <class T, class Index>
 struct UpsampleArguments {
   FuseImages<T, Index> images;
-  GeometryView<Index> flow_short, flow_long, mask_short, mask_long;  // of the low resolution
+  View<T, Index> out;
+  GeometryView<Index> flow_short, flow_long, mask_short, mask_long;         // of the low resolution
   Real<T>*out_flow_short, *out_flow_long, *out_mask_short, *out_mask_long;  // contiguous
   int32_t low_height, low_width;
   Real<T> scale_y, scale_x;  // low by full side
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(kThreads) upsample_fuse(const __grid_constant_
   const Index size = static_cast<Index>(images.height) * images.width;
   const Index place = pixel.y * images.width + pixel.x;
   Alignment<R, Index, kPixels> alignment;
-  const auto take_flow = [&](const GeometryView<Index>& low, R* target, const View<T, Index>& image, Cell<R, Index>* cells) {
+  const auto take_flow = [&](const GeometryView<Index>& low, R* target, const View<T, Index>& image,
+                             Cell<R, Index>* cells) {
     R x[kPixels], y[kPixels];
     resize<kPixels, T>(low, pixel.n * low.n, row, columns, x);
     resize<kPixels, T>(low, pixel.n * low.n + low.c, row, columns, y);
@@ -68,13 +70,14 @@ __global__ void __launch_bounds__(kThreads) upsample_fuse(const __grid_constant_
   take_flow(a.flow_long, a.out_flow_long, images.long_, alignment.cell_long);
   take_mask(a.mask_short, a.out_mask_short, alignment.mask_short);
   take_mask(a.mask_long, a.out_mask_long, alignment.mask_long);
-  if (images.channels > 0) fuse_channels<kPixels>(images, pixel, alignment);
+  if (images.channels > 0) fuse_channels<kPixels>(images, pixel, alignment, a.out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> upsample_fuse_host(const Tensor& short_, const Tensor& reference,
                                                                       const Tensor& long_, const Tensor& flow_short,
                                                                       const Tensor& flow_long, const Tensor& mask_short,
-                                                                      const Tensor& mask_long, const Tensor& reference_ldr) {
+                                                                      const Tensor& mask_long,
+                                                                      const Tensor& reference_ldr) {
   const ScalarType real = real_type(short_);
   const int64_t n = short_.size(0), height = short_.size(2), width = short_.size(3);
   Tensor out = empty_image(short_);
@@ -84,10 +87,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> upsample_fuse_host(const Tens
   if (n * height * width == 0) return result();
   const DeviceScope scope(short_);
   const std::optional<Tensor> ldr = reference_ldr, none;
-  const FuseTensors tensors{short_, reference, long_, ldr, none, none, none, out};
-  const bool wide = needs_64bit_offsets({&short_, &reference, &long_, &flow_short, &flow_long, &mask_short, &mask_long,
-                                         &reference_ldr, &out, &flows[0]});
-  const bool vectors = allow_vectors(tensors) && allows_vectors(flows[0], kVectorPixels);
+  const FuseTensors tensors{short_, reference, long_, ldr, none, none, none};
+  const bool wide = needs_64bit_offsets(
+      {&short_, &reference, &long_, &flow_short, &flow_long, &mask_short, &mask_long, &reference_ldr, &out, &flows[0]});
+  const bool vectors = allow_vectors(tensors, out) && allows_vectors(flows[0], kVectorPixels);
   const double low_height = flow_short.size(2), low_width = flow_short.size(3);
   for_type(short_, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -95,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> upsample_fuse_host(const Tens
     for_index(wide, [&](auto index) {
       using Index = typename decltype(index)::type;
       UpsampleArguments<T, Index> arguments{fuse_images<T, Index>(tensors),
+                                            view<T, Index>(out),
                                             geometry_view<Index>(flow_short),
                                             geometry_view<Index>(flow_long),
                                             geometry_view<Index>(mask_short),

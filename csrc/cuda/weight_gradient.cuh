@@ -1,33 +1,37 @@
-// The gradient of the convolution's weights. A block takes some output and input channels of one group and walks over the tiles of
-// one slice of the pixels; the slices' sums are added in order afterwards, so that no result depends on the order of blocks.
+// The gradient of the convolution's weights. A block takes some output and input channels of one group and walks over
+// the tiles of one slice of the pixels; the slices' sums are added in order afterwards, so that no result depends on
+// the order of blocks.
 #pragma once
 
-#include "cuda/conv_tiles.cuh"
+#include "cuda/convolution.cuh"
 
 namespace safnet::cuda {
 
 template <class T, class Index>
-struct WeightGradArguments {
+struct WeightGradientArguments {
   View<T, Index> input, grad;  // grad: before PReLU and shuffle
   Real<T>* partial;            // [slice][weight]
   int32_t in_height, in_width, out_height, out_width, tiles_x, tiles_y;
   int64_t tiles;  // of all pictures
-  int32_t channels_in, channels_out, blocks_in, stride, dilation, patch_height, patch_width;
-  int32_t rows, stages;                     // of a tile, on tensor cores
+  int32_t groups, channels_in, channels_out, blocks_in, stride, dilation, patch_height, patch_width;
+  int32_t rows, stages;                          // of a tile, on tensor cores
   bool copies_input_pieces, copies_grad_pieces;  // 16 bytes of channels lie together and aligned
 };
 
-// In plain arithmetic: a block holds 8 x 8 pairs of output and input channels; a thread sums all nine taps of one pair over a
-// quarter of a tile's rows.
+// In plain arithmetic: a block holds 8 x 8 pairs of output and input channels; a thread sums all nine taps of one pair
+// over a quarter of a tile's rows.
 
 template <class T, class Index>
-__global__ void __launch_bounds__(kThreads, 2) weight_gradient(const __grid_constant__ WeightGradArguments<T, Index> a) {
+__global__ void __launch_bounds__(kThreads, 2)
+    weight_gradient(const __grid_constant__ WeightGradientArguments<T, Index> a) {
   using R = Real<T>;
   extern __shared__ __align__(128) unsigned char shared[];
   const int patch_size = a.patch_height * a.patch_width;
-  const int pitch_patch = patch_size | 1, pitch_grad = kGradRows * kGradColumns + 1;  // odd: channels in different banks
+  const int pitch_patch = patch_size | 1,
+            pitch_grad = kGradRows * kGradColumns + 1;  // odd: channels in different banks
   R *grads = reinterpret_cast<R*>(shared), *patch = grads + kPairs * pitch_grad;
-  const int group = blockIdx.z, first_out = blockIdx.x / a.blocks_in * kPairs, first_in = blockIdx.x % a.blocks_in * kPairs;
+  const int blocks = gridDim.x / a.groups, group = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int first_out = block / a.blocks_in * kPairs, first_in = block % a.blocks_in * kPairs;
   const int out = threadIdx.x % kPairs, in = threadIdx.x / kPairs % kPairs, quarter = threadIdx.x / (kPairs * kPairs);
   R sums[kTaps] = {};
   for (int64_t t = blockIdx.y; t < a.tiles; t += gridDim.y) {
@@ -40,19 +44,20 @@ __global__ void __launch_bounds__(kThreads, 2) weight_gradient(const __grid_cons
       const bool valid = y < a.out_height && x < a.out_width && channel < a.channels_out;
       grads[c * pitch_grad + pixel] =
           valid ? to_real(read_only(a.grad.data + a.grad.at(n, Index(y), Index(x)) +
-                                (static_cast<Index>(group) * a.channels_out + channel) * a.grad.c))
+                                    (static_cast<Index>(group) * a.channels_out + channel) * a.grad.c))
                 : R(0);
     }
     const auto input_at = [&](int channel, int64_t y, int64_t x) {
       const bool valid = y >= 0 && y < a.in_height && x >= 0 && x < a.in_width && channel < a.channels_in;
       return valid ? to_real(read_only(a.input.data + a.input.at(n, static_cast<Index>(y), static_cast<Index>(x)) +
-                                   (static_cast<Index>(group) * a.channels_in + channel) * a.input.c))
+                                       (static_cast<Index>(group) * a.channels_in + channel) * a.input.c))
                    : R(0);
     };
     const int64_t in_top = int64_t{top} * a.stride - a.dilation, in_left = int64_t{left} * a.stride - a.dilation;
     for (int i = threadIdx.x; i < kPairs * patch_size; i += kThreads) {
       const int c = i / patch_size, position = i - c * patch_size, row = position / a.patch_width;
-      patch[c * pitch_patch + position] = input_at(first_in + c, in_top + row, in_left + position - row * a.patch_width);
+      patch[c * pitch_patch + position] =
+          input_at(first_in + c, in_top + row, in_left + position - row * a.patch_width);
     }
     __syncthreads();
     constexpr int kRows = kGradRows / kQuarters;
@@ -62,7 +67,9 @@ __global__ void __launch_bounds__(kThreads, 2) weight_gradient(const __grid_cons
       if (patch_size == 0) {  // it does not fit into shared memory
         for (int tap = 0; tap < kTaps; ++tap) {
           const int64_t shift_y = int64_t{tap / 3} * a.dilation, shift_x = int64_t{tap % 3} * a.dilation;
-          sums[tap] = fma(grad, input_at(first_in + in, in_top + y * a.stride + shift_y, in_left + x * a.stride + shift_x), sums[tap]);
+          sums[tap] =
+              fma(grad, input_at(first_in + in, in_top + y * a.stride + shift_y, in_left + x * a.stride + shift_x),
+                  sums[tap]);
         }
         continue;
       }
@@ -89,39 +96,49 @@ __global__ void __launch_bounds__(kThreads, 2) weight_gradient(const __grid_cons
     __syncthreads();
   }
   if (quarter != 0 || first_out + out >= a.channels_out || first_in + in >= a.channels_in) return;
-  const int64_t weights = int64_t{gridDim.z} * a.channels_out * a.channels_in * kTaps;
+  const int64_t weights = int64_t{a.groups} * a.channels_out * a.channels_in * kTaps;
   const int64_t place = ((int64_t{group} * a.channels_out + first_out + out) * a.channels_in + first_in + in) * kTaps;
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) a.partial[blockIdx.y * weights + place + tap] = sums[tap];
 }
 
-// On tensor cores: a product's rows are 16 input channels, its columns 8 output channels, and it sums over 16 pixels of a row.
-// Both factors lie in shared memory with channels innermost, and ldmatrix turns them round. A warp takes every eighth row of a
-// tile and keeps all nine taps' sums: nine shifted reads of the input share one read of the gradient.
+// On tensor cores: a product's rows are 16 input channels, its columns 8 output channels, and it sums over 16 pixels of
+// a row. Both factors lie in shared memory with channels innermost, and ldmatrix turns them round. A warp takes every
+// eighth row of a tile and keeps all nine taps' sums: nine shifted reads of the input share one read of the gradient.
 template <class T, class Index, int kN>
-struct WeightGradTile {
+struct WeightGradientTile {
   static constexpr int kOut = kN * 8, kIn = 16, kGradChunks = (kN + 1) / 2;
   static constexpr int kOutPitch = kIn * kTaps + 4;  // floats; the rest keeps lanes' writes off each other's banks
   static constexpr int kSums = kTaps * kN * 4;       // of a lane
 
-  const WeightGradArguments<T, Index>& a;
+  const WeightGradientArguments<T, Index>& a;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_out = blockIdx.x / a.blocks_in * kOut, first_in = blockIdx.x % a.blocks_in * kIn;
-  const int patch_bytes = a.patch_height * a.patch_width * kChunkBytes, grad_bytes = a.rows * kGradColumns * kChunkBytes;
+  const int patch_bytes = a.patch_height * a.patch_width * kChunkBytes,
+            grad_bytes = a.rows * kGradColumns * kChunkBytes;
   float sums[kTaps][kN][4] = {};
 
   __device__ __forceinline__ void load_stage(unsigned tile, unsigned char* stage) const {
-    const unsigned tiles = a.tiles_x * a.tiles_y, n = tile / tiles, in_picture = tile - n * tiles, tile_y = in_picture / a.tiles_x;
+    const unsigned tiles = a.tiles_x * a.tiles_y, n = tile / tiles, in_picture = tile - n * tiles,
+                   tile_y = in_picture / a.tiles_x;
     const int top = tile_y * a.rows, left = (in_picture - tile_y * a.tiles_x) * kGradColumns, group = blockIdx.z;
-    const Patch patch{top * a.stride - a.dilation, left * a.stride - a.dilation, a.patch_height, a.patch_width, a.stride,
-                      a.in_height, a.in_width, 1};
-    const T* input = a.input.data + static_cast<Index>(n) * a.input.n + (static_cast<Index>(group) * a.channels_in + first_in) * a.input.c;
+    const Patch patch{top * a.stride - a.dilation,
+                      left * a.stride - a.dilation,
+                      a.patch_height,
+                      a.patch_width,
+                      a.stride,
+                      a.in_height,
+                      a.in_width,
+                      1};
+    const T* input = a.input.data + static_cast<Index>(n) * a.input.n +
+                     (static_cast<Index>(group) * a.channels_in + first_in) * a.input.c;
     load_patch(patch, a.input, input, a.channels_in - first_in, true, a.copies_input_pieces, stage);
     const Patch own{top, left, a.rows, kGradColumns, 1, a.out_height, a.out_width, 1};
-    const T* grad = a.grad.data + static_cast<Index>(n) * a.grad.n + (static_cast<Index>(group) * a.channels_out + first_out) * a.grad.c;
+    const T* grad = a.grad.data + static_cast<Index>(n) * a.grad.n +
+                    (static_cast<Index>(group) * a.channels_out + first_out) * a.grad.c;
     for (int chunk = 0; chunk < kGradChunks; ++chunk)
-      load_patch(own, a.grad, grad + static_cast<Index>(chunk * 16) * a.grad.c, a.channels_out - first_out - chunk * 16, true,
-                 a.copies_grad_pieces, stage + patch_bytes + chunk * grad_bytes);
+      load_patch(own, a.grad, grad + static_cast<Index>(chunk * 16) * a.grad.c, a.channels_out - first_out - chunk * 16,
+                 true, a.copies_grad_pieces, stage + patch_bytes + chunk * grad_bytes);
   }
 
   __device__ __forceinline__ void add(const unsigned char* stage) {
@@ -184,7 +201,8 @@ struct WeightGradTile {
     __syncthreads();
     const int count = min(kIn, a.channels_in - first_in) * kTaps;
     const int64_t weights = int64_t{gridDim.z} * a.channels_out * a.channels_in * kTaps;
-    float* target = a.partial + blockIdx.y * weights + (int64_t{blockIdx.z} * a.channels_out * a.channels_in + first_in) * kTaps;
+    float* target =
+        a.partial + blockIdx.y * weights + (int64_t{blockIdx.z} * a.channels_out * a.channels_in + first_in) * kTaps;
     for (int i = threadIdx.x; i < kOut * kIn * kTaps; i += kGradWarps * 32) {
       const int out = i / (kIn * kTaps), rest = i % (kIn * kTaps);
       if (rest < count && first_out + out < a.channels_out)
@@ -194,9 +212,10 @@ struct WeightGradTile {
 };
 
 template <class T, class Index, int kN>
-__global__ void __launch_bounds__(kGradWarps * 32, 1) weight_gradient_tensor(const __grid_constant__ WeightGradArguments<T, Index> a) {
+__global__ void __launch_bounds__(kGradWarps * 32, 1)
+    weight_gradient_tensor(const __grid_constant__ WeightGradientArguments<T, Index> a) {
   extern __shared__ __align__(128) unsigned char shared[];
-  WeightGradTile<T, Index, kN> tile{a};
+  WeightGradientTile<T, Index, kN> tile{a};
   const int stage_bytes = tile.patch_bytes + tile.kGradChunks * tile.grad_bytes;
   const auto tiles = static_cast<unsigned>(a.tiles);
   unsigned next = blockIdx.y;

@@ -16,9 +16,9 @@ struct AxisSample {
 // Distance between the two samples of an axis: zero only where there is a single pixel.
 SAFNET_INLINE int32_t axis_step(int32_t size) { return size > 1 ? 1 : 0; }
 
-// The index is clamped to size - 2, so that its right neighbour always exists; the last pixel is reached with fraction one.
-// Every comparison is false for NaN: such a position reads pixel 0 and keeps its NaN in the fraction. The position is clamped
-// before it becomes an integer, so infinite and huge values convert safely.
+// The index is clamped to size - 2, so that its right neighbour always exists; the last pixel is reached with fraction
+// one. Every comparison is false for NaN: such a position reads pixel 0 and keeps its NaN in the fraction. The position
+// is clamped before it becomes an integer, so infinite and huge values convert safely.
 template <class Real>
 SAFNET_INLINE AxisSample<Real> sample_axis(Real position, int32_t size) {
   const Real last = static_cast<Real>(size - 1);
@@ -52,7 +52,8 @@ SAFNET_INLINE Real bilinear_dy(Real v00, Real v01, Real v10, Real v11, Real frac
   return lerp(v10 - v00, v11 - v01, fraction_x);
 }
 
-// Position in the source of one output pixel of a resize with align_corners False, and the two neighbours it lies between.
+// Position in the source of one output pixel of a resize with align_corners False, and the two neighbours it lies
+// between.
 template <class Real>
 struct ResizeSample {
   int32_t index, next;

@@ -8,8 +8,9 @@
 
 namespace safnet {
 
-constexpr double kCensusSoftness = 0.81;  // added to d^2 before the root: how small a difference still counts as "equal"
-constexpr double kCensusKnee = 0.1;       // dn^2 at which the distance reaches one half
+constexpr double kCensusSoftness =
+    0.81;                            // added to d^2 before the root: how small a difference still counts as "equal"
+constexpr double kCensusKnee = 0.1;  // dn^2 at which the distance reaches one half
 
 // n(a) - n(b) for n(d) = d / sqrt(softness + d^2), with one division for both. 1 / root_a is root_b * inverse.
 template <class Real>

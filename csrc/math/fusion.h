@@ -11,14 +11,15 @@ namespace safnet {
 
 template <class Real>
 struct Weights {
-  Real a, b, c;  // of the short, the reference and the long exposure
+  Real short_, reference, long_;
 };
 
 template <class Real>
 SAFNET_INLINE Weights<Real> triangle_weights(Real z) {
   const Real above = z - Real(0.5), below = Real(0.5) - z;
   // "not smaller" lets a NaN through, as clamp does.
-  return {above < 0 ? Real(0) : above * 2, 1 - (2 * z - 1 < 0 ? 1 - 2 * z : 2 * z - 1), below < 0 ? Real(0) : below * 2};
+  return {above < 0 ? Real(0) : above * 2, 1 - (2 * z - 1 < 0 ? 1 - 2 * z : 2 * z - 1),
+          below < 0 ? Real(0) : below * 2};
 }
 
 // d loss / d z from the derivatives with respect to the three weights; one-sided at the kinks as autograd takes them.
@@ -27,25 +28,25 @@ SAFNET_INLINE Real triangle_weights_backward(Real z, Weights<Real> grad) {
   const Real short_slope = z >= Real(0.5) ? Real(2) : Real(0);
   const Real long_slope = z <= Real(0.5) ? Real(-2) : Real(0);
   const Real reference_slope = z > Real(0.5) ? Real(-2) : z < Real(0.5) ? Real(2) : Real(0);
-  return grad.a * short_slope + grad.b * reference_slope + grad.c * long_slope;
+  return grad.short_ * short_slope + grad.reference * reference_slope + grad.long_ * long_slope;
 }
 
 template <class Real>
 SAFNET_INLINE Weights<Real> reweight(Weights<Real> base, Real mask_short, Real mask_long) {
-  const Real weight_short = base.a * mask_short, weight_long = base.c * mask_long;
-  return {weight_short, base.b + (base.a - weight_short) + (base.c - weight_long), weight_long};
+  const Real weight_short = base.short_ * mask_short, weight_long = base.long_ * mask_long;
+  return {weight_short, base.reference + (base.short_ - weight_short) + (base.long_ - weight_long), weight_long};
 }
 
 constexpr double kFusionEpsilon = 1e-9;  // keeps the mean finite where explicit weights sum to zero
 
 template <class Real>
 SAFNET_INLINE Real inverse_sum(Weights<Real> w) {
-  return 1 / (w.a + w.b + w.c + static_cast<Real>(kFusionEpsilon));
+  return 1 / (w.short_ + w.reference + w.long_ + static_cast<Real>(kFusionEpsilon));
 }
 
 template <class Real>
 SAFNET_INLINE Real weighted_mean(Weights<Real> w, Real v_short, Real v_reference, Real v_long) {
-  return (w.a * v_short + w.b * v_reference + w.c * v_long) * inverse_sum(w);
+  return (w.short_ * v_short + w.reference * v_reference + w.long_ * v_long) * inverse_sum(w);
 }
 
 // e^x for float, to about one unit in the last place, in operations that every compiler vectorises: x = k ln 2 + r with

@@ -1,5 +1,5 @@
-// The bits of `needs`, by which a backward operator is told the gradients to compute: one for each differentiable input, in
-// the order of safnet_ops/operators.py.
+// The bits of `needs`, by which a backward operator is told the gradients to compute: one for each differentiable
+// input, in the order of safnet_ops/operators.py.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace safnet {
 
-template <class Input>
-SAFNET_INLINE constexpr bool is_needed(int64_t needs, Input input) {
+template <class Bits, class Input>
+SAFNET_INLINE constexpr bool is_needed(Bits needs, Input input) {
   return (needs >> static_cast<int>(input) & 1) != 0;
 }
 

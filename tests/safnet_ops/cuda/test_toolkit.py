@@ -98,3 +98,19 @@ def test_impossible_architectures_are_named(monkeypatch, nvcc, wish, message):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0;{wish}")
     with pytest.raises(SystemExit, match=f"{message}.*'{wish}'"):
         cuda_toolkit.architectures(Toolkit(str(nvcc()), (13, 0)))
+
+
+def test_specific_architectures_are_compiled_for_themselves(monkeypatch, nvcc):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a 10.0a+PTX")
+    assert cuda_toolkit.architecture_flags(cuda_toolkit.architectures(Toolkit(str(nvcc()), (13, 0)))) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100a,code=sm_100a",
+        "-gencode=arch=compute_100a,code=compute_100a",
+    ]
+
+
+def test_specific_architectures_that_do_not_exist_are_named(monkeypatch, nvcc):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6a")
+    with pytest.raises(SystemExit, match=r"there is no '8\.6a': only 9\.0 and newer"):
+        cuda_toolkit.architectures(Toolkit(str(nvcc()), (13, 0)))

@@ -1,4 +1,5 @@
-// Host side of the CUDA kernels: tensors of the stable ABI to views, allocation by the library's layout rule, launching.
+// Host side of the CUDA kernels: tensors of the stable ABI to views, allocation by the library's layout rule,
+// launching.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,14 +12,18 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <limits>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.cuh"
 #include "cuda/plans.h"
 
-// Where kernels run on the CPU (tests/cuda), the operators are registered for CPU tensors, under a namespace of their own.
+// Where kernels run on the CPU (simulated_gpu/), the operators are registered for CPU tensors, under a namespace of
+// their own.
 #if defined(SAFNET_OPS_SIMULATED)
 #define SAFNET_REGISTER(library) STABLE_TORCH_LIBRARY_IMPL(safnet_ops_simulated, CPU, library)
 extern "C" void simulated_allocation(void* data, size_t bytes);
@@ -57,12 +62,25 @@ struct Identity {
   using type = T;
 };
 
+// Lets a kernel have all the shared memory that a block may take; beyond 48 KiB it has to ask. The limit belongs to the
+// kernel, not to a launch: set to what each needs, one thread could lower it before another's launch.
+inline void allow_most_shared_memory(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;  // kernels by device
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  allowed.insert({kernel, device});
+}
+
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), const Plan& plan, cudaStream_t stream,
             typename Identity<Parameters>::type... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (plan.shared_bytes > 48 * 1024)  // beyond that a kernel has to ask
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)), name);
+  if (plan.shared_bytes > 48 * 1024) allow_most_shared_memory(function, name);
   void* pointers[] = {&arguments...};
   const dim3 grid(plan.grid[0], plan.grid[1], plan.grid[2]), block(plan.block[0], plan.block[1], plan.block[2]);
   check(cudaLaunchKernel(function, grid, block, pointers, plan.shared_bytes, stream), name);
@@ -70,10 +88,12 @@ void launch(const char* name, void (*kernel)(Parameters...), const Plan& plan, c
 
 inline void zero(const Tensor& tensor, cudaStream_t stream) {
   if (tensor.numel() == 0) return;
-  check(cudaMemsetAsync(tensor.data_ptr(), 0, static_cast<size_t>(tensor.numel()) * tensor.element_size(), stream), "memset");
+  check(cudaMemsetAsync(tensor.data_ptr(), 0, static_cast<size_t>(tensor.numel()) * tensor.element_size(), stream),
+        "memset");
 }
 
-inline Tensor allocate(const std::vector<int64_t>& size, ScalarType type, const Tensor& model, bool channels_last = false) {
+inline Tensor allocate(const std::vector<int64_t>& size, ScalarType type, const Tensor& model,
+                       bool channels_last = false) {
   using torch::headeronly::MemoryFormat;
   Tensor tensor = torch::stable::empty(size, type, std::nullopt, model.device(), std::nullopt,
                                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -99,7 +119,9 @@ inline Tensor empty_image(const Tensor& model) { return empty_image(model, model
 inline Tensor no_gradient(const Tensor& model) { return allocate({0}, model.scalar_type(), model); }
 
 // What a backward operator returns for one input: a tensor of no elements where no gradient is needed.
-inline Tensor empty_gradient(const Tensor& model, bool needed) { return needed ? empty_image(model) : no_gradient(model); }
+inline Tensor empty_gradient(const Tensor& model, bool needed) {
+  return needed ? empty_image(model) : no_gradient(model);
+}
 
 inline ScalarType real_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -127,8 +149,9 @@ inline bool needs_64bit_offsets(std::initializer_list<const Tensor*> tensors) {
 template <class T, class Index>
 View<T, Index> view(const Tensor& tensor) {
   using Element = std::remove_const_t<T>;
-  return {static_cast<Element*>(tensor.data_ptr()), static_cast<Index>(tensor.stride(0)), static_cast<Index>(tensor.stride(1)),
-          static_cast<Index>(tensor.stride(2)), static_cast<Index>(tensor.stride(3))};
+  return {static_cast<Element*>(tensor.data_ptr()), static_cast<Index>(tensor.stride(0)),
+          static_cast<Index>(tensor.stride(1)), static_cast<Index>(tensor.stride(2)),
+          static_cast<Index>(tensor.stride(3))};
 }
 
 template <class T, class Index>

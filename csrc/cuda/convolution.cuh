@@ -1,11 +1,12 @@
-// The 3x3 convolution of one tile (see plans.h): loading of the stages, products on tensor cores or in plain arithmetic, and the
-// store with bias, residual, PReLU and shuffle.
+// The 3x3 convolution of one tile (see plans.h): loading of the stages, products on tensor cores or in plain
+// arithmetic, and the store with bias, residual, PReLU and shuffle.
 //
-// In shared memory every pixel of the patch, and every (tap, output channel) of the weights, is a row of two 16-byte pieces:
-// channels 0-7 and 8-15 of the chunk (of 16 bit; half as many of 32). Rows 4-7 of eight have their pieces swapped, so that any
-// eight rows that follow each other lie in different banks. Columns of the patch are dealt by their remainder modulo the stride:
-// pixels that follow each other in the result read rows that do so. A product takes 32 bytes: the two pieces of one tap (dy, dx),
-// or, where the last chunk has channels for one piece only, that piece at two taps dx.
+// In shared memory every pixel of the patch, and every (tap, output channel) of the weights, is a row of two 16-byte
+// pieces: channels 0-7 and 8-15 of the chunk (of 16 bit; half as many of 32). Rows 4-7 of eight have their pieces
+// swapped, so that any eight rows that follow each other lie in different banks. Columns of the patch are dealt by
+// their remainder modulo the stride: pixels that follow each other in the result read rows that do so. A product takes
+// 32 bytes: the two pieces of one tap (dy, dx), or, where the last chunk has channels for one piece only, that piece at
+// two taps dx.
 #pragma once
 
 #include "cuda/plans.h"
@@ -34,8 +35,9 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
   return (row * 32 + piece * 16) ^ (row * 4 & 16);
 }
 
-// Which tap dx and which piece of the chunk is half `which` of product `step`. kNoTap: its weights are zero, and so must the
-// pixels be, or infinities would become NaN; the unused second piece of the patch's first pixel holds zeros for that.
+// Which tap dx and which piece of the chunk is half `which` of product `step`. kNoTap: its weights are zero, and so
+// must the pixels be, or infinities would become NaN; the unused second piece of the patch's first pixel holds zeros
+// for that.
 constexpr int kNoTap = 3;
 struct ProductHalf {
   int dx, piece;
@@ -44,7 +46,8 @@ __device__ __forceinline__ ProductHalf product_half(bool one_piece, int step, in
   return one_piece ? ProductHalf{2 * step + which, 0} : ProductHalf{step, which};
 }
 
-// A patch of one chunk of channels of a picture: what a tile reads, or (with no halo and a stride of one) the tile itself.
+// A patch of one chunk of channels of a picture: what a tile reads, or (with no halo and a stride of one) the tile
+// itself.
 struct Patch {
   int32_t top, left, height, width;  // width: of shared memory, in rows of 32 bytes
   int32_t stride;                    // modulo which columns are dealt
@@ -61,16 +64,19 @@ __device__ __forceinline__ int slot_of(int column, int width, int stride) {
   return stride == 1 ? column : column % stride * (width / stride) + column / stride;
 }
 
-// Calls load(source, target, valid) for one column of the patch in the rows of this warp, which are as far apart as there are warps.
+// Calls load(source, target, valid) for one column of the patch in the rows of this warp, which are as far apart as
+// there are warps.
 template <class T, class Index, class Load>
-__device__ __forceinline__ void each_row(const Patch& p, Index row_pitch, const T* column, bool inside, unsigned char* target, Load load) {
+__device__ __forceinline__ void each_row(const Patch& p, Index row_pitch, const T* column, bool inside,
+                                         unsigned char* target, Load load) {
   const int pitch = p.width * kChunkBytes, warp = threadIdx.x / 32, warps = blockDim.x / 32, step = warps * pitch;
   const unsigned char* end = target + p.height * pitch;
   int y = p.top + warp;
   target += warp * pitch;
   if (p.upsample > 1) {
     for (; target < end; target += step, y += warps)
-      load(column + static_cast<Index>(y / p.upsample) * row_pitch, target, inside && y >= 0 && y < p.in_height && y % p.upsample == 0);
+      load(column + static_cast<Index>(y / p.upsample) * row_pitch, target,
+           inside && y >= 0 && y < p.in_height && y % p.upsample == 0);
     return;
   }
   const T* source = column + static_cast<Index>(y) * row_pitch;
@@ -80,15 +86,17 @@ __device__ __forceinline__ void each_row(const Patch& p, Index row_pitch, const 
     load(source, target, inside && static_cast<unsigned>(y) < static_cast<unsigned>(p.in_height));
 }
 
-// Loads one or two pieces of every pixel of a patch; lanes keep to their column, so that only steps from row to row are left to
-// compute. `picture`: first channel of the chunk; `channels`: how many there are from it on, beyond which zeros are written.
+// Loads one or two pieces of every pixel of a patch; lanes keep to their column, so that only steps from row to row are
+// left to compute. `picture`: first channel of the chunk; `channels`: how many there are from it on, beyond which zeros
+// are written.
 template <class T, class Index>
-__device__ __forceinline__ void load_patch(const Patch& p, const View<T, Index>& view, const T* picture, int channels, bool two,
-                                           bool copies_pieces, unsigned char* shared) {
+__device__ __forceinline__ void load_patch(const Patch& p, const View<T, Index>& view, const T* picture, int channels,
+                                           bool two, bool copies_pieces, unsigned char* shared) {
   constexpr int kPiece = kPieceBytes / sizeof(T);
   const int lane = threadIdx.x % 32, count = p.width << two;
   for (int i = lane; i < count; i += 32) {
-    // Pieces of a pixel side by side where they lie so in memory; else all pixels' first pieces, so that lanes read neighbours.
+    // Pieces of a pixel side by side where they lie so in memory; else all pixels' first pieces, so that lanes read
+    // neighbours.
     int slot = i, piece = 0;
     if (copies_pieces) slot = i >> two, piece = i & two;
     else if (i >= p.width) slot = i - p.width, piece = 1;
@@ -99,13 +107,15 @@ __device__ __forceinline__ void load_patch(const Patch& p, const View<T, Index>&
     const T* column = picture + static_cast<Index>(x) * view.x + static_cast<Index>(piece * kPiece) * view.c;
     unsigned char* target = shared + piece_offset(slot, piece);
     if (copies_pieces) {
-      each_row(p, view.y, column, inside, target, [](const T* source, unsigned char* to, bool valid) { copy_async(to, source, valid); });
+      each_row(p, view.y, column, inside, target,
+               [](const T* source, unsigned char* to, bool valid) { copy_async(to, source, valid); });
       continue;
     }
     each_row(p, view.y, column, inside, target, [&](const T* source, unsigned char* to, bool valid) {
       Pack<T, kPiece> values;
 #pragma unroll
-      for (int k = 0; k < kPiece; ++k, source += view.c) values.value[k] = valid && k < left ? read_only(source) : from_real<T>(0);
+      for (int k = 0; k < kPiece; ++k, source += view.c)
+        values.value[k] = valid && k < left ? read_only(source) : from_real<T>(0);
       *reinterpret_cast<Pack<T, kPiece>*>(to) = values;
     });
   }
@@ -113,8 +123,8 @@ __device__ __forceinline__ void load_patch(const Patch& p, const View<T, Index>&
 
 // Finishes one value: `channel` is the convolution's own number of it.
 template <class T, class Index>
-__device__ __forceinline__ void store_result(const ConvArguments<T, Index>& a, Index n, int y, int x, int group, int channel,
-                                             Real<T> value) {
+__device__ __forceinline__ void store_result(const ConvArguments<T, Index>& a, Index n, int y, int x, int group,
+                                             int channel, Real<T> value) {
   const Index own = static_cast<Index>(group) * a.channels_out + channel;
   const Index place = a.out.at(n, Index(y), Index(x));
   if (a.bias != nullptr) value += to_real(read_only(a.bias + own * a.bias_step));
@@ -134,9 +144,9 @@ struct Tile {
   int top, left, group, first_channel;
 };
 
-// Products on tensor cores: pixels are the rows of a product, output channels its columns. A warp computes kConvWarpRows rows of
-// 16 pixels; a lane's sums are [row][block of 8 channels][element], elements 0 and 1 of pixel lane / 4, 2 and 3 of pixel
-// lane / 4 + 8, for channels lane % 4 * 2 and the next.
+// Products on tensor cores: pixels are the rows of a product, output channels its columns. A warp computes
+// kConvWarpRows rows of 16 pixels; a lane's sums are [row][block of 8 channels][element], elements 0 and 1 of pixel
+// lane / 4, 2 and 3 of pixel lane / 4 + 8, for channels lane % 4 * 2 and the next.
 template <class T, int kN, bool kSharesRows>
 struct TensorSums {
   static constexpr int kChannels = kN * 8, kPixels = kConvWarpRows * 16;
@@ -212,13 +222,15 @@ struct TensorSums {
     if constexpr (kN % 2 == 1) load_two_matrices(taps[kN - 1], address + (kN - 1) * 8 * kChunkBytes);
   }
 
-  __device__ __forceinline__ static void products(float (&sums)[kN][4], const unsigned (&pixels)[4], const unsigned (&taps)[kN][2]) {
+  __device__ __forceinline__ static void products(float (&sums)[kN][4], const unsigned (&pixels)[4],
+                                                  const unsigned (&taps)[kN][2]) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) multiply<T>(sums[n], pixels, taps[n][0], taps[n][1]);
   }
 
   template <class Index>
-  __device__ __forceinline__ void store(const ConvArguments<T, Index>& a, unsigned char* shared, const Tile<Index>& tile) {
+  __device__ __forceinline__ void store(const ConvArguments<T, Index>& a, unsigned char* shared,
+                                        const Tile<Index>& tile) {
     if (a.bias != nullptr) {
       each_channel(a, tile, [&](int n, int e, Index own) {
         const float bias = to_real(read_only(a.bias + own * a.bias_step));
@@ -230,7 +242,9 @@ struct TensorSums {
         const int y = tile.top + first_row + r * row_step, x = tile.left + h * 8 + threadIdx.x % 32 / 4;
         if (y >= a.out_height || x >= a.out_width) return;
         const T* pixel = a.residual.data + a.residual.at(tile.n, Index(y), Index(x));
-        each_channel(a, tile, [&](int n, int e, Index own) { value[r][n][h * 2 + e] += to_real(read_only(pixel + own * a.residual.c)); });
+        each_channel(a, tile, [&](int n, int e, Index own) {
+          value[r][n][h * 2 + e] += to_real(read_only(pixel + own * a.residual.c));
+        });
       });
     }
     T* mine = reinterpret_cast<T*>(shared) + threadIdx.x / 32 * kStagedElements;
@@ -273,7 +287,8 @@ struct TensorSums {
 
   // Calls function(block, element, channel) for this lane's channels.
   template <class Index, class Function>
-  __device__ __forceinline__ static void each_channel(const ConvArguments<T, Index>& a, const Tile<Index>& tile, Function function) {
+  __device__ __forceinline__ static void each_channel(const ConvArguments<T, Index>& a, const Tile<Index>& tile,
+                                                      Function function) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -322,15 +337,16 @@ struct TensorSums {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) corner[(n * 8 + i % 2) * kPlanePitch + r * 16 + i / 2 * 8] = from_real<T>(value[r][n][i]);
+        for (int i = 0; i < 4; ++i)
+          corner[(n * 8 + i % 2) * kPlanePitch + r * 16 + i / 2 * 8] = from_real<T>(value[r][n][i]);
       }
     }
   }
 
   // kN accesses of kCount channels by all lanes cover 4 kCount pixels: after them every lane is back at its channels.
   template <int kCount, class Index>
-  __device__ __forceinline__ void write_pixels(const ConvArguments<T, Index>& a, const View<T, Index>& target, const Tile<Index>& tile,
-                                               const T* mine) const {
+  __device__ __forceinline__ void write_pixels(const ConvArguments<T, Index>& a, const View<T, Index>& target,
+                                               const Tile<Index>& tile, const T* mine) const {
     using Piece = Pack<T, kCount>;
     constexpr int kAtOnce = 4 * kCount, kRows = kAtOnce > 16 ? kAtOnce / 16 : 1, kColumns = kAtOnce / kRows;
     // In bytes: the compiler would scale elements anew for every access.
@@ -359,10 +375,11 @@ struct TensorSums {
 
   // A lane keeps to its pixels and walks over the channels.
   template <int kCount, class Index>
-  __device__ __forceinline__ void write_planes(const ConvArguments<T, Index>& a, const View<T, Index>& target, const Tile<Index>& tile,
-                                               const T* mine) const {
+  __device__ __forceinline__ void write_planes(const ConvArguments<T, Index>& a, const View<T, Index>& target,
+                                               const Tile<Index>& tile, const T* mine) const {
     using Piece = Pack<T, kCount>;
-    constexpr int kLanes = kPixels / kCount < 32 ? kPixels / kCount : 32, kAtOnce = 32 / kLanes;  // lanes and number of channels
+    constexpr int kLanes = kPixels / kCount < 32 ? kPixels / kCount : 32,
+                  kAtOnce = 32 / kLanes;  // lanes and number of channels
     const int lane = threadIdx.x % 32, first = lane / kLanes, count = a.channels_out - tile.first_channel - first;
     const int64_t step = kAtOnce * static_cast<int64_t>(target.c);
 #pragma unroll 1
@@ -373,13 +390,16 @@ struct TensorSums {
                  static_cast<Index>(tile.first_channel + first) * target.c;
 #pragma unroll
       for (int channel = 0; channel < kChannels; channel += kAtOnce, place += step) {
-        if (channel < count) *reinterpret_cast<Piece*>(place) = *reinterpret_cast<const Piece*>(mine + (channel + first) * kPlanePitch + pixel);
+        if (channel < count)
+          *reinterpret_cast<Piece*>(place) =
+              *reinterpret_cast<const Piece*>(mine + (channel + first) * kPlanePitch + pixel);
       }
     }
   }
 };
 
-// Products in Real arithmetic. A warp takes a quarter of the channels; lanes are the columns of two rows, and walk down.
+// Products in Real arithmetic. A warp takes a quarter of the channels; lanes are the columns of two rows, and walk
+// down.
 template <class T, int kN>
 struct PlainSums {
   using R = Real<T>;
@@ -403,11 +423,13 @@ struct PlainSums {
           const ProductHalf half = product_half(one_piece, step, which);
           if (half.dx == kNoTap) continue;
           const int slot = slot_of(half.dx * a.dilation, a.patch_width, a.stride) + column();
-          const unsigned char* source = patch + (first_row() * a.stride + dy * a.dilation) * pitch + piece_offset(slot, half.piece);
+          const unsigned char* source =
+              patch + (first_row() * a.stride + dy * a.dilation) * pitch + piece_offset(slot, half.piece);
           Piece left[kChannels];
 #pragma unroll
           for (int c = 0; c < kChannels; ++c)
-            left[c] = *reinterpret_cast<const Piece*>(stage + piece_offset((step * 3 + dy) * kN * 8 + first_channel() + c, which));
+            left[c] = *reinterpret_cast<const Piece*>(
+                stage + piece_offset((step * 3 + dy) * kN * 8 + first_channel() + c, which));
 #pragma unroll
           for (int r = 0; r < kRows; ++r, source += 2 * a.stride * pitch) {
             const Piece right = *reinterpret_cast<const Piece*>(source);
@@ -448,16 +470,23 @@ __device__ __forceinline__ void convolve_tile(const ConvArguments<T, Index>& a) 
   constexpr int kPiece = kPieceBytes / sizeof(T), kWeightBytes = kTaps * kN * 8 * kChunkBytes;
   // Blocks of one tile follow each other: they read the same patch, from L2.
   const int block = blockIdx.x % a.blocks, place = blockIdx.x / a.blocks, group = blockIdx.y;
-  const int tiles = a.tiles_x * a.tiles_y, n = place / tiles, in_picture = place - n * tiles, tile_y = in_picture / a.tiles_x;
-  const Tile<Index> tile{static_cast<Index>(n), tile_y * kConvRows, (in_picture - tile_y * a.tiles_x) * kConvColumns, group,
-                         block * kN * 8};
-  const Patch patch{tile.top * a.stride - a.dilation, tile.left * a.stride - a.dilation, a.patch_height, a.patch_width, a.stride,
-                    a.in_height, a.in_width, a.upsample};
+  const int tiles = a.tiles_x * a.tiles_y, n = place / tiles, in_picture = place - n * tiles,
+            tile_y = in_picture / a.tiles_x;
+  const Tile<Index> tile{static_cast<Index>(n), tile_y * kConvRows, (in_picture - tile_y * a.tiles_x) * kConvColumns,
+                         group, block * kN * 8};
+  const Patch patch{tile.top * a.stride - a.dilation,
+                    tile.left * a.stride - a.dilation,
+                    a.patch_height,
+                    a.patch_width,
+                    a.stride,
+                    a.in_height,
+                    a.in_width,
+                    a.upsample};
   const T* channels = a.input.data + tile.n * a.input.n + static_cast<Index>(group) * a.channels_in * a.input.c;
   const unsigned char* weights = a.weights + (int64_t{group} * a.blocks + block) * a.chunks * kWeightBytes;
   const int stage_bytes = kWeightBytes + a.patch_height * a.patch_width * kChunkBytes;
   Sums sums(a);
-  int filled = 0, used = 0;    // the next buffer to fill, and to use
+  int filled = 0, used = 0;  // the next buffer to fill, and to use
   int left = a.channels_in;  // channels not loaded yet
   const auto following = [&](int buffer) { return buffer + 1 == a.stages ? 0 : buffer + 1; };
   for (int chunk = 1 - a.stages; chunk < a.chunks; ++chunk) {  // the first rounds only fill the pipeline
@@ -466,14 +495,15 @@ __device__ __forceinline__ void convolve_tile(const ConvArguments<T, Index>& a) 
     __syncthreads();  // this chunk is there for all, and the buffer of the one before is free
     if (left > 0) {
       unsigned char* stage = shared + filled * stage_bytes;
-      for (int i = threadIdx.x * kPieceBytes; i < kWeightBytes; i += kConvWarps * 32 * kPieceBytes) copy_async(stage + i, weights + i, true);
+      for (int i = threadIdx.x * kPieceBytes; i < kWeightBytes; i += kConvWarps * 32 * kPieceBytes)
+        copy_async(stage + i, weights + i, true);
       load_patch(patch, a.input, channels, left, left > kPiece, a.copies_pieces, stage + kWeightBytes);
       if (left <= kPiece && threadIdx.x == 0)  // see kNoTap
         *reinterpret_cast<uint4*>(stage + kWeightBytes + piece_offset(0, 1)) = uint4{};
       filled = following(filled), left -= 2 * kPiece;
       weights += kWeightBytes, channels += 2 * kPiece * a.input.c;
     }
-    commit_copies();  // an empty group at the end: their number stays that of the chunks
+    commit_copies();      // an empty group at the end: their number stays that of the chunks
     if (a.stages == 1) {  // shared memory holds one chunk only
       wait_for_copies<0>();
       __syncthreads();

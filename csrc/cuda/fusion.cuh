@@ -1,7 +1,7 @@
 // The explicit fusion of a run of adjacent pixels, shared by fused_fuse and upsample_fuse.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/sampling.cuh"
 #include "math/fusion.h"
 
 namespace safnet::cuda {
@@ -9,8 +9,7 @@ namespace safnet::cuda {
 template <class T, class Index>
 struct FuseImages {
   View<T, Index> short_, reference, long_;
-  View<T, Index> ldr, weight_short, weight_reference, weight_long;  // either the first, or the other three
-  View<T, Index> out;                                               // backward: the gradient of the result
+  View<T, Index> reference_ldr, weight_short, weight_reference, weight_long;  // either the first, or the other three
   int64_t items;
   int32_t channels, height, width;
 };
@@ -23,15 +22,15 @@ struct Alignment {
 };
 
 template <int kPixels, class T, class Index>
-__device__ __forceinline__ void load_base_weights(const FuseImages<T, Index>& a, const PixelRun<Index>& pixel, int32_t c,
-                                                  Weights<Real<T>>* base) {
+__device__ __forceinline__ void load_base_weights(const FuseImages<T, Index>& a, const PixelRun<Index>& pixel,
+                                                  int32_t c, Weights<Real<T>>* base) {
   using R = Real<T>;
   const auto read = [&](const View<T, Index>& view, R* values) {
     load<kPixels>(view.data + view.at(pixel.n, pixel.y, pixel.x) + c * view.c, values);
   };
   R first[kPixels], second[kPixels], third[kPixels];
-  if (a.ldr.data != nullptr) {  // the same for all threads
-    read(a.ldr, first);
+  if (a.reference_ldr.data != nullptr) {  // the same for all threads
+    read(a.reference_ldr, first);
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) base[k] = triangle_weights(first[k]);
   } else {
@@ -45,7 +44,8 @@ __device__ __forceinline__ void load_base_weights(const FuseImages<T, Index>& a,
 
 template <int kPixels, class T, class Index>
 __device__ __forceinline__ void fuse_channels(const FuseImages<T, Index>& a, const PixelRun<Index>& pixel,
-                                              const Alignment<Real<T>, Index, kPixels>& alignment) {
+                                              const Alignment<Real<T>, Index, kPixels>& alignment,
+                                              const View<T, Index>& out) {
   using R = Real<T>;
   const CellSteps<Index> steps_short = cell_steps(a.short_, a.height, a.width);
   const CellSteps<Index> steps_long = cell_steps(a.long_, a.height, a.width);
@@ -59,11 +59,12 @@ __device__ __forceinline__ void fuse_channels(const FuseImages<T, Index>& a, con
       const Cell<R, Index>&cell_short = alignment.cell_short[k], &cell_long = alignment.cell_long[k];
       const R v_short = corners(a.short_.data + c * a.short_.c, cell_short.offset, steps_short)
                             .sample(cell_short.fraction_x, cell_short.fraction_y);
-      const R v_long =
-          corners(a.long_.data + c * a.long_.c, cell_long.offset, steps_long).sample(cell_long.fraction_x, cell_long.fraction_y);
-      fused[k] = weighted_mean(reweight(base[k], alignment.mask_short[k], alignment.mask_long[k]), v_short, reference[k], v_long);
+      const R v_long = corners(a.long_.data + c * a.long_.c, cell_long.offset, steps_long)
+                           .sample(cell_long.fraction_x, cell_long.fraction_y);
+      fused[k] = weighted_mean(reweight(base[k], alignment.mask_short[k], alignment.mask_long[k]), v_short,
+                               reference[k], v_long);
     }
-    store<kPixels>(a.out.data + a.out.at(pixel.n, pixel.y, pixel.x) + c * a.out.c, fused);
+    store<kPixels>(out.data + out.at(pixel.n, pixel.y, pixel.x) + c * out.c, fused);
   }
 }
 
