@@ -20,6 +20,7 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 _COMPILED = torch.library.Library("safnet_ops", "DEF")
 _TRITON = torch.library.Library("safnet_ops_triton", "DEF")
+LIBRARIES = (_COMPILED, _TRITON)
 
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run
 _served: dict[str, frozenset[str]] = {"reference": frozenset(OPERATORS)}  # backend -> operators it has kernels for
@@ -29,7 +30,7 @@ _forced: list[str] = []  # innermost `use_backend` last
 def define(schema: str, fake: Callable) -> None:
     """Define an operator for the compiled and for the Triton kernels, with its fake (meta) implementation."""
     name = schema.partition("(")[0]
-    for library in (_COMPILED, _TRITON):
+    for library in LIBRARIES:
         library.define(schema)
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 

@@ -71,10 +71,6 @@ def empty_image(model: Tensor, shape: tuple[int, ...] | None = None, dtype: torc
     )
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def empty_gradient(model: Tensor, needed: bool) -> Tensor:
     """What a backward operator returns for one input: a tensor laid out by the common rule, or one of no elements."""
     return empty_image(model) if needed else model.new_empty(0)
