@@ -39,7 +39,7 @@ class Rule(torch.autograd.Function):
         """The operator, through `apply` only where autograd or functorch has to know."""
         if torch._C._are_functorch_transforms_active():
             return cls.derive(cls.apply, *arguments)
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+        if _may_be_derived(arguments):
             # Past Function.apply, which inspects the signature for three times the cost of the whole call.
             return cls.derive(super(torch.autograd.Function, cls).apply, *arguments)  # type: ignore[misc]
         return cls.forward(*arguments)
@@ -99,6 +99,13 @@ class Forward(Rule):
         return *return_gradients(found, needed), *(None for _ in ctx.options)
 
 
+def _may_be_derived(arguments: Sequence[Any]) -> bool:
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+        return True
+    # Graphs that torch.compile traces open levels of forward mode without telling forward_ad.
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def return_gradients(found: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """A backward operator returns a tensor of no elements where a gradient is not needed; autograd wants None there."""
     return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
@@ -141,7 +148,7 @@ def _each(function: Callable[[Tensor], Any], out: Result) -> Any:
 
 
 def _tangent(value: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(value).tangent
+    tangent = forward_ad.unpack_dual(value, level=0).tangent
     return torch.zeros_like(value) if tangent is None else tangent
 
 

@@ -5,27 +5,25 @@ import torch
 
 import safnet_ops
 from tests.support import transforms
-from tests.support.transforms import CALLS, TRANSFORMS
+from tests.support.transforms import CALLS, TRANSFORMS, name_of
 
 
-def name(value):
-    return getattr(value, "name", getattr(value, "__name__", str(value)))
-
-
-@pytest.mark.parametrize("call", CALLS, ids=name)
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=name)
+@pytest.mark.parametrize("call", CALLS, ids=name_of)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=name_of)
 def test_transforms(transform, call):
     transforms.check(transform, call, call.on("cpp"))
 
 
-@pytest.mark.parametrize("call", CALLS, ids=name)
-@pytest.mark.parametrize("transform", [transforms.jvp, transforms.dual_tensors, transforms.vmap_of_gradient], ids=name)
+@pytest.mark.parametrize("call", CALLS, ids=name_of)
+@pytest.mark.parametrize(
+    "transform", [transforms.jvp, transforms.dual_tensors, transforms.vmap_of_gradient], ids=name_of
+)
 def test_transforms_of_the_backend_chosen_around_them(transform, call):
     with safnet_ops.use_backend("cpp"):
         transforms.check(transform, call, call.on(None))
 
 
-@pytest.mark.parametrize("call", CALLS, ids=name)
+@pytest.mark.parametrize("call", CALLS, ids=name_of)
 def test_finite_differences(call):
     inputs = call.inputs()
     for value in inputs[: call.differentiable]:
@@ -35,7 +33,7 @@ def test_finite_differences(call):
     )
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call.operator != "upsample_fuse"], ids=name)
+@pytest.mark.parametrize("call", [call for call in CALLS if call.operator != "upsample_fuse"], ids=name_of)
 def test_finite_differences_of_gradients(call):
     inputs = call.inputs()
     for value in inputs[: call.differentiable]:

@@ -94,7 +94,12 @@ CALLS = [
 ]
 
 
-def _loss(function: Function) -> Function:
+def name_of(value: Any) -> str:
+    """Of a call or a transform, for the names of tests."""
+    return getattr(value, "name", None) or value.__name__
+
+
+def loss_of(function: Function) -> Function:
     """A scalar whose derivatives with respect to the function's results all differ."""
 
     def loss(*inputs: Tensor) -> Tensor:
@@ -156,16 +161,16 @@ def jacrev(call: Call, function: Function) -> Any:
 
 
 def gradient(call: Call, function: Function) -> Any:
-    return torch.func.grad(_loss(function), _all(call))(*call.inputs())
+    return torch.func.grad(loss_of(function), _all(call))(*call.inputs())
 
 
 def gradient_of_gradient(call: Call, function: Function) -> Any:
-    first = torch.func.grad(_loss(function), _all(call))
-    return torch.func.grad(_loss(first), _all(call))(*call.inputs())
+    first = torch.func.grad(loss_of(function), _all(call))
+    return torch.func.grad(loss_of(first), _all(call))(*call.inputs())
 
 
 def forward_over_reverse(call: Call, function: Function) -> Any:
-    function, inputs = _fixed(call, torch.func.grad(_loss(function), _all(call)), call.inputs())
+    function, inputs = _fixed(call, torch.func.grad(loss_of(function), _all(call)), call.inputs())
     return torch.func.jvp(function, tuple(inputs), tuple(call.inputs(1)[: len(inputs)]))
 
 
@@ -176,19 +181,19 @@ def reverse_over_forward(call: Call, function: Function) -> Any:
         fixed, values = _fixed(call, function, list(inputs))
         return torch.func.jvp(fixed, tuple(values), tuple(tangents))[1]
 
-    return torch.func.grad(_loss(tangent), _all(call))(*call.inputs())
+    return torch.func.grad(loss_of(tangent), _all(call))(*call.inputs())
 
 
 def hessian_of_last(call: Call, function: Function) -> Any:
-    return torch.func.hessian(_loss(function), call.differentiable - 1)(*call.inputs())
+    return torch.func.hessian(loss_of(function), call.differentiable - 1)(*call.inputs())
 
 
 def double_backward(call: Call, function: Function) -> Any:
     """As gradient penalties have it: torch.autograd with create_graph."""
     inputs = call.inputs()
     leaves = [value.requires_grad_() for value in inputs[: call.differentiable]]
-    first = torch.autograd.grad(_loss(function)(*inputs), leaves, create_graph=True)
-    return first, torch.autograd.grad(_loss(lambda: first)(), leaves)
+    first = torch.autograd.grad(loss_of(function)(*inputs), leaves, create_graph=True)
+    return first, torch.autograd.grad(loss_of(lambda: first)(), leaves)
 
 
 def _batches(call: Call) -> list[Tensor]:
@@ -216,7 +221,7 @@ def vmap_of_vmap(call: Call, function: Function) -> Any:
 
 def vmap_of_gradient(call: Call, function: Function) -> Any:
     """Gradients of every sample."""
-    return torch.func.vmap(torch.func.grad(_loss(function), _all(call)))(*_batches(call))
+    return torch.func.vmap(torch.func.grad(loss_of(function), _all(call)))(*_batches(call))
 
 
 def vmap_of_gradient_of_each(call: Call, function: Function) -> Any:
@@ -224,12 +229,13 @@ def vmap_of_gradient_of_each(call: Call, function: Function) -> Any:
     batches = [call.inputs()[0], *_batches(call)[1:]]
     dims = (None, *(0 for _ in batches[1:]))
     return [
-        torch.func.vmap(torch.func.grad(_loss(function), place), dims)(*batches) for place in range(call.differentiable)
+        torch.func.vmap(torch.func.grad(loss_of(function), place), dims)(*batches)
+        for place in range(call.differentiable)
     ]
 
 
 def gradient_of_vmap(call: Call, function: Function) -> Any:
-    return torch.func.grad(_loss(torch.func.vmap(function)), _all(call))(*_batches(call))
+    return torch.func.grad(loss_of(torch.func.vmap(function)), _all(call))(*_batches(call))
 
 
 def vmap_of_jvp(call: Call, function: Function) -> Any:
@@ -243,7 +249,7 @@ def vmap_of_jvp(call: Call, function: Function) -> Any:
 def autograd_around_vmap(call: Call, function: Function) -> Any:
     batches = _batches(call)
     leaves = [value.requires_grad_() for value in batches[: call.differentiable]]
-    return torch.autograd.grad(_loss(torch.func.vmap(function))(*batches), leaves)
+    return torch.autograd.grad(loss_of(torch.func.vmap(function))(*batches), leaves)
 
 
 TRANSFORMS = [
