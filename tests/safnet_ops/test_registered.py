@@ -28,7 +28,7 @@ ARGUMENTS = {
     "fuse by exposure": lambda *inputs: (*inputs, None, None, None, False),
     "fuse by weights": lambda *inputs: (*inputs[:7], None, *(w.expand(inputs[0].shape) for w in inputs[7:]), True),
     "upsample": lambda *inputs: inputs,
-    "convolution": lambda *inputs: (inputs[0], inputs[1] - 0.5, *inputs[2:4], inputs[4] - 0.5, 2, 2, 1, False),
+    "convolution": lambda *inputs: (*inputs, 2, 2, 1, False),
     "convolution alone": lambda input, weight: (input, weight, None, None, None, 1, 1, 1, False),
     "census": lambda prediction, target: (prediction, target, 3, False),
 }
@@ -72,7 +72,7 @@ def test_gradients(call):
     transforms.loss_of(lambda *inputs: results(registered(*ARGUMENTS[call.name](*inputs)), call))(*leaves).backward()
     transforms.loss_of(call.on("reference"))(*expected).backward()
     for leaf, exact in zip(leaves[: call.differentiable], expected, strict=False):
-        assert_close("the gradient", leaf.grad, exact.grad, 1e-12)
+        assert_close("the gradient", leaf.grad, exact.grad, slack=10)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -108,14 +108,14 @@ def test_gradient_of_the_preactivation():
     *arguments, _ = ARGUMENTS[call.name](*leaves)
     out, preactivation = cpp.group_conv_shuffle(*arguments, True)
     input, weight, bias, _slopes, residual = exact
-    sums = F.conv2d(input, weight - 0.5, bias, 2, 1, 1, 2) + (residual - 0.5)
-    assert_close("the preactivation", preactivation, sums.detach(), 1e-12)
+    sums = F.conv2d(input, weight, bias, 2, 1, 1, 2) + residual
+    assert_close("the preactivation", preactivation, sums.detach(), slack=10)
     (out.sum() + preactivation.square().sum()).backward()
     (call.on("reference")(*exact).sum() + sums.square().sum()).backward()
     for leaf, other in zip(leaves, exact, strict=True):
-        assert_close("the gradient", leaf.grad, other.grad, 1e-12)
+        assert_close("the gradient", leaf.grad, other.grad, slack=10)
     (gradient,) = torch.autograd.grad(cpp.group_conv_shuffle(*arguments, True)[1].square().sum(), leaves[2])
-    assert_close("the gradient of the preactivation alone", gradient, 2 * sums.sum((0, 2, 3)), 1e-12)
+    assert_close("the gradient of the preactivation alone", gradient, 2 * sums.sum((0, 2, 3)), slack=10)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -154,7 +154,7 @@ def test_exported_programs_have_gradients(call, strict):
     exported(scale).backward()
     for (name, part), (other, leaf) in zip(module.named_parameters(), exported.named_parameters(), strict=True):
         assert name == other
-        assert_close(f"the gradient of {name}", leaf.grad, part.grad, 1e-12)
+        assert_close(f"the gradient of {name}", leaf.grad, part.grad, slack=10)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
@@ -164,7 +164,7 @@ def test_compiled_functions_have_gradients(call):
     torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves).backward()
     loss(*expected).backward()
     for leaf, exact in zip(leaves[: call.differentiable], expected, strict=False):
-        assert_close("the gradient", leaf.grad, exact.grad, 1e-12)
+        assert_close("the gradient", leaf.grad, exact.grad, slack=10)
 
 
 COMPILED = {
@@ -207,4 +207,4 @@ def test_forward_mode_inside_a_compiled_function(call):
             return forward_ad.unpack_dual(pytree.tree_leaves(out)[0]).tangent
 
     compiled = torch.compile(partial(tangent, call.on("cpp")), fullgraph=True, backend="aot_eager")(*inputs)
-    assert_close("the tangent", compiled, tangent(call.on("reference"), *inputs), 1e-12)
+    assert_close("the tangent", compiled, tangent(call.on("reference"), *inputs), slack=10)

@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import safnet_ops
-from tests.support.operators import off_grid
+from operator_inputs import census_inputs, conv_inputs, fusion_inputs, upsample_inputs, warp_inputs
+from tests.support.operators import assert_close
 
 Function = Callable[..., Any]
 
@@ -26,71 +27,77 @@ class Call:
     name: str
     operator: str
     function: Callable[..., Any]  # of a backend's name and the inputs
-    shapes: tuple[tuple[int, ...], ...]
+    make: Callable[..., list[Tensor]]  # the inputs, in a dtype
     differentiable: int
 
     def inputs(self, seed: int = 0) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        values = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
-        # Flows are all that has two channels, except weights: away from whole pixels, where slopes jump.
-        return [
-            off_grid(4 * v - 2) if v.dim() == 4 and v.shape[1] == 2 and self.operator in FLOWS else v for v in values
-        ]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.make(dtype=torch.float64)
 
     def on(self, backend: str | None) -> Function:
         return partial(self.function, backend)
 
 
-FLOWS = ("backward_warp", "fused_fuse", "upsample_fuse")
-IMAGE, FLOW, MASK = (1, 3, 2, 3), (1, 2, 2, 3), (1, 1, 2, 3)
-LOW_FLOW, LOW_MASK = (1, 2, 1, 2), (1, 1, 1, 2)
-
-
 def _fuse_by_weights(backend: str | None, *inputs: Tensor) -> Tensor:
-    return safnet_ops.fused_fuse(*inputs[:7], weights=inputs[7:], mask_logits=True, backend=backend)
+    return safnet_ops.fused_fuse(*inputs[:7], weights=inputs[7:], mask_logits=True, backend=backend)  # type: ignore[arg-type]
 
 
-def _convolve(
-    backend: str | None, input: Tensor, weight: Tensor, bias: Tensor, slopes: Tensor, residual: Tensor
-) -> Tensor:
-    # Sums are moved to both sides of PReLU's kink and away from it.
-    return safnet_ops.group_conv_shuffle(
-        input, weight - 0.5, bias, slopes, 2, stride=2, residual=residual - 0.5, backend=backend
-    )
+def _convolve(backend: str | None, *inputs: Tensor) -> Tensor:
+    input, weight, bias, slopes, residual = inputs
+    return safnet_ops.group_conv_shuffle(input, weight, bias, slopes, 2, stride=2, residual=residual, backend=backend)
 
 
+def _convolve_alone(backend: str | None, *inputs: Tensor) -> Tensor:
+    return safnet_ops.group_conv_shuffle(*inputs, backend=backend)
+
+
+SIZE = (2, 3)
+SLACK = 100  # derivatives of second order, of functions with slopes of up to that
 CALLS = [
-    Call("warp", "backward_warp", lambda b, *x: safnet_ops.backward_warp(*x, backend=b), (IMAGE, FLOW), 2),
+    Call(
+        "warp",
+        "backward_warp",
+        lambda b, *x: safnet_ops.backward_warp(*x, backend=b),
+        partial(warp_inputs, SIZE, pixels=1),
+        2,
+    ),
     Call(
         "fuse by exposure",
         "fused_fuse",
         lambda b, *x: safnet_ops.fused_fuse(*x, backend=b),
-        (IMAGE, IMAGE, IMAGE, FLOW, FLOW, MASK, MASK, IMAGE),
+        partial(fusion_inputs, SIZE, channels=2, pixels=1),
         8,
     ),
     Call(
         "fuse by weights",
         "fused_fuse",
         _fuse_by_weights,
-        (IMAGE, IMAGE, IMAGE, FLOW, FLOW, MASK, MASK, IMAGE, MASK, IMAGE),
+        partial(fusion_inputs, SIZE, channels=2, pixels=1, logits=True, weights=(2, 1, 2)),
         10,
     ),
     Call(
         "upsample",
         "upsample_fuse",
         lambda b, *x: safnet_ops.upsample_fuse(*x, backend=b),
-        (IMAGE, IMAGE, IMAGE, LOW_FLOW, LOW_FLOW, LOW_MASK, LOW_MASK, IMAGE),
+        partial(upsample_inputs, SIZE, (1, 2), channels=2, pixels=0.5),
         8,
     ),
-    Call("convolution", "group_conv_shuffle", _convolve, ((1, 2, 2, 3), (4, 1, 3, 3), (4,), (4,), (1, 4, 1, 2)), 5),
+    Call("convolution", "group_conv_shuffle", _convolve, partial(conv_inputs, SIZE, (2, 4), 2, stride=2), 5),
     Call(
         "convolution alone",
         "group_conv_shuffle",
-        lambda b, *x: safnet_ops.group_conv_shuffle(*x, backend=b),
-        ((2, 1, 2, 2), (2, 1, 3, 3)),
+        _convolve_alone,
+        lambda dtype: conv_inputs((2, 2), (1, 2), n=2, dtype=dtype)[:2],
         2,
     ),
-    Call("census", "census_loss", lambda b, *x: safnet_ops.census_loss(*x, 3, backend=b), ((2, 2, 3, 4),) * 2, 1),
+    Call(
+        "census",
+        "census_loss",
+        lambda b, *x: safnet_ops.census_loss(*x, 3, backend=b),
+        partial(census_inputs, (3, 4), n=2, channels=2),
+        1,
+    ),
 ]
 
 
@@ -275,11 +282,11 @@ TRANSFORMS = [
 ]
 
 
-def check(transform: Callable[[Call, Function], Any], call: Call, function: Function, tolerance: float = 1e-11) -> None:
+def check(transform: Callable[[Call, Function], Any], call: Call, function: Function) -> None:
     """The transform of `function`, which runs some backend, against that of the reference backend."""
     found = pytree.tree_leaves(transform(call, function))
     expected = pytree.tree_leaves(transform(call, call.on("reference")))
     assert any(value.any() for value in expected), "a transform that gives zeros finds no fault"
     assert len(found) == len(expected)
     for value, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, exact, rtol=0, atol=tolerance * max(1.0, exact.abs().max().item()))
+        assert_close(name_of(transform), value, exact, slack=SLACK, terms=1.0)
