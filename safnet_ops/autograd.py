@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import FunctionalizeInterpreter, retrieve_current_functorch_interpreter
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
 
 from safnet_ops.backends import LIBRARIES
@@ -38,6 +40,9 @@ class Rule(torch.autograd.Function):
     def call(cls, *arguments: Any) -> Result:
         """The operator, through `apply` only where autograd or functorch has to know."""
         if torch._C._are_functorch_transforms_active():
+            interpreter = retrieve_current_functorch_interpreter()
+            if isinstance(interpreter, FunctionalizeInterpreter):  # for which autograd.Functions have no rule
+                return cls.functionalize(FunctorchFunctionalizeAPI(interpreter), arguments)
             return cls.derive(cls.apply, *arguments)
         if _may_be_derived(arguments):
             # Past Function.apply, which inspects the signature for three times the cost of the whole call.
@@ -47,6 +52,13 @@ class Rule(torch.autograd.Function):
     @classmethod
     def derive(cls, apply: Operation, *arguments: Any) -> Result:
         return apply(*arguments)
+
+    @classmethod
+    def functionalize(cls, api: FunctorchFunctionalizeAPI, arguments: Sequence[Any]) -> Result:
+        """No operator writes to its arguments, so there is nothing to replace."""
+        inner = api.unwrap_tensors(tuple(arguments))
+        with api.redispatch_to_next():
+            return api.wrap_tensors(cls.operators(cls.name)(*inner))
 
     @classmethod
     def forward(cls, *arguments: Any) -> Result:
@@ -103,7 +115,9 @@ def _may_be_derived(arguments: Sequence[Any]) -> bool:
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
         return True
     # Graphs that torch.compile traces open levels of forward mode without telling forward_ad.
-    return torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        forward_ad.unpack_dual(value, level=0).tangent is not None for value in arguments if isinstance(value, Tensor)
+    )
 
 
 def return_gradients(found: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -259,6 +259,14 @@ def autograd_around_vmap(call: Call, function: Function) -> Any:
     return torch.autograd.grad(loss_of(torch.func.vmap(function))(*batches), leaves)
 
 
+def functionalize(call: Call, function: Function) -> Any:
+    return torch.func.functionalize(function)(*call.inputs())
+
+
+def gradient_of_functionalize(call: Call, function: Function) -> Any:
+    return torch.func.grad(loss_of(torch.func.functionalize(function)), _all(call))(*call.inputs())
+
+
 TRANSFORMS = [
     jvp,
     jvp_of_each,
@@ -279,6 +287,8 @@ TRANSFORMS = [
     gradient_of_vmap,
     vmap_of_jvp,
     autograd_around_vmap,
+    functionalize,
+    gradient_of_functionalize,
 ]
 
 
