@@ -7,6 +7,7 @@ vmap is folded into N where the operator allows, else it is a loop.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch._functorch.pyfunctorch import FunctionalizeInterpreter, retrieve_curr
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
 
-from safnet_ops.backends import LIBRARIES
+from safnet_ops.backends import COMPILED, LIBRARIES, TRITON
 from safnet_ops.operators import OPERATORS, Operator, is_needed, needed_bits
 
 Result = Tensor | tuple[Tensor, ...]
@@ -44,10 +45,11 @@ class Rule(torch.autograd.Function):
             if isinstance(interpreter, FunctionalizeInterpreter):  # for which autograd.Functions have no rule
                 return cls.functionalize(FunctorchFunctionalizeAPI(interpreter), arguments)
             return cls.derive(cls.apply, *arguments)
-        if _may_be_derived(arguments):
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)) or _has_tangents(arguments):
             # Past Function.apply, which inspects the signature for three times the cost of the whole call.
             return cls.derive(super(torch.autograd.Function, cls).apply, *arguments)  # type: ignore[misc]
-        return cls.forward(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return cls.kernel(*arguments)
 
     @classmethod
     def derive(cls, apply: Operation, *arguments: Any) -> Result:
@@ -111,12 +113,15 @@ class Forward(Rule):
         return *return_gradients(found, needed), *(None for _ in ctx.options)
 
 
-def _may_be_derived(arguments: Sequence[Any]) -> bool:
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-        return True
-    # Graphs that torch.compile traces open levels of forward mode without telling forward_ad.
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        forward_ad.unpack_dual(value, level=0).tangent is not None for value in arguments if isinstance(value, Tensor)
+def _has_tangents(arguments: Sequence[Any]) -> bool:
+    """Whether forward mode may be on. Graphs that torch.compile traces open a level of it without telling forward_ad."""
+    return forward_ad._current_level >= 0 or (
+        torch._C._len_torch_dispatch_stack() > 0
+        and any(
+            forward_ad.unpack_dual(value, level=0).tangent is not None
+            for value in arguments
+            if isinstance(value, Tensor)
+        )
     )
 
 
@@ -184,6 +189,7 @@ def _unfold(value: Tensor, size: int) -> Tensor:
 
 
 _rules: dict[str, type[Rule]] = {}  # of every registered operator, without kernels
+_bound: dict[tuple[str, str], type[Rule]] = {}  # (namespace, registered operator) -> its rule with its kernel
 
 
 def differentiate(
@@ -197,22 +203,34 @@ def differentiate(
     operator = OPERATORS[name]
     rules = (rule, definition), (backward_rule, backward_definition or gradient_definition(definition, operator))
     for registered, (parent, meaning) in zip(operator.registered, rules, strict=False):
-        schema = getattr(torch.ops.safnet_ops, registered).default._schema
-        tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
+        tensors = sum(
+            "Tensor" in str(argument.type) for argument in _overload(COMPILED.ns, registered)._schema.arguments
+        )
         members = {"name": registered, "definition": staticmethod(meaning), "tensors": tensors}
         _rules[registered] = type(registered.title().replace("_", ""), (parent,), members)
         for library in LIBRARIES:
-            overload = _overloads(library.ns)
-            bound = bind(registered, overload, overload)
+            bound = bind(registered, _overload(library.ns, registered), partial(_find, library.ns))
+            _bound[library.ns, registered] = bound
             library.impl(registered, bound.call, "Autograd")
             library.impl(registered, bound.call, "FuncTorchDynamicLayerFrontMode")
 
 
-def _overloads(namespace: str) -> Find:
-    return lambda name: getattr(getattr(torch.ops, namespace), name).default
-
-
-def bind(name: str, kernels: Find, operators: Find) -> type[Rule]:
-    """The rule of an operator whose kernel is `kernels(name)` and whose relatives are found by `operators`."""
+def bind(name: str, kernel: Operation, operators: Find) -> type[Rule]:
+    """The rule of an operator that `kernel` runs and whose relatives are found by `operators`."""
     rule = _rules[name]
-    return type(rule.__name__, (rule,), {"kernel": staticmethod(kernels(name)), "operators": staticmethod(operators)})
+    return type(rule.__name__, (rule,), {"kernel": staticmethod(kernel), "operators": staticmethod(operators)})
+
+
+def kernel(backend: str, name: str) -> Operation:
+    """The registered operator `name` (an operator or its `_backward`) of a backend other than the reference."""
+    return _find((TRITON if backend == "triton" else COMPILED).ns, name)
+
+
+def _find(namespace: str, name: str) -> Operation:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _overload(namespace, name)  # what graphs are made of
+    return _bound[namespace, name].call  # where the overload leads to, without the dispatcher's way there
+
+
+def _overload(namespace: str, name: str) -> Any:
+    return getattr(getattr(torch.ops, namespace), name).default

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from safnet_ops import reference
-from safnet_ops.autograd import Forward, differentiate
-from safnet_ops.backends import choose, define, kernel
+from safnet_ops.autograd import Forward, differentiate, kernel
+from safnet_ops.backends import choose, define
 from safnet_ops.checks import check_shape, check_tensor, empty_gradient, empty_image, unify_geometry
 from safnet_ops.operators import is_needed
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from safnet_ops import reference
-from safnet_ops.autograd import Rule, differentiate, pull_back
-from safnet_ops.backends import choose, define, kernel
+from safnet_ops.autograd import Rule, differentiate, kernel, pull_back
+from safnet_ops.backends import choose, define
 from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image
 
 LARGEST_PATCH = 15  # the kernels keep a tile with this much halo on chip

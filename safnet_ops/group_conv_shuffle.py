@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from safnet_ops import reference
-from safnet_ops.autograd import Forward, Operation, Result, Rule, differentiate, pull_back, return_gradients
-from safnet_ops.backends import choose, define, kernel
+from safnet_ops.autograd import Forward, Operation, Result, Rule, differentiate, kernel, pull_back, return_gradients
+from safnet_ops.backends import choose, define
 from safnet_ops.checks import (
     check_same_kind,
     check_shape,

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from safnet_ops import reference as references
-from safnet_ops.autograd import Operation, Result, Rule, differentiate
-from safnet_ops.backends import choose, define, kernel
+from safnet_ops.autograd import Operation, Result, Rule, differentiate, kernel
+from safnet_ops.backends import choose, define
 from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, unify_geometry
 
 

@@ -273,7 +273,7 @@ def run_operators_on(device: Device | RealDevice, patch: Callable[[str, Any], No
     `patch(dotted name, value)` replaces an attribute.
     """
     rules = {
-        name: bind(name, partial(partial, device.call), lambda name: rules[name].call)
+        name: bind(name, partial(device.call, name), lambda name: rules[name].call)
         for operator in OPERATORS.values()
         for name in operator.registered
     }

@@ -1,5 +1,6 @@
 """The registered operators called as torch.ops, exported programs and compiled functions: gradients, opcheck, errors."""
 
+import io
 from functools import partial
 
 import pytest
@@ -208,3 +209,13 @@ def test_forward_mode_inside_a_compiled_function(call):
 
     compiled = torch.compile(partial(tangent, call.on("cpp")), fullgraph=True, backend="aot_eager")(*inputs)
     assert_close("the tangent", compiled, tangent(call.on("reference"), *inputs), slack=10)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=name_of)
+def test_traced_programs_can_be_saved(call):
+    """In grad mode, of parameters: a trace holds the registered operator, not the Python around it."""
+    module, scale = Module(call), torch.tensor(0.9, dtype=torch.float64)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, (scale,)), file)
+    file.seek(0)
+    assert_close("the loaded program's result", torch.jit.load(file)(scale), module(scale), slack=10)
