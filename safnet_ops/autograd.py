@@ -7,7 +7,6 @@ vmap is folded into N where the operator allows, else it is a loop.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch._functorch.pyfunctorch import FunctionalizeInterpreter, retrieve_curr
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
 
-from safnet_ops.backends import COMPILED, LIBRARIES, TRITON
+from safnet_ops.backends import COMPILED, TRITON
 from safnet_ops.operators import OPERATORS, Operator, is_needed, needed_bits
 
 Result = Tensor | tuple[Tensor, ...]
@@ -72,10 +71,12 @@ class Rule(torch.autograd.Function):
         ctx.save_for_backward(*inputs[: cls.tensors])
         ctx.save_for_forward(*inputs[: cls.tensors])
         ctx.options = inputs[cls.tensors :]
+        # For backward, which has to be a plain function where compiled autograd traces it.
+        ctx.rule, ctx.name = cls, cls.name
 
-    @classmethod
-    def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return pull_back(cls.definition, (*ctx.saved_tensors, *ctx.options), ctx.needs_input_grad, grads)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return pull_back(ctx.rule.definition, (*ctx.saved_tensors, *ctx.options), ctx.needs_input_grad, grads)
 
     @classmethod
     def jvp(cls, ctx: Any, *_tangents: Tensor | None) -> Result:
@@ -102,14 +103,15 @@ class Rule(torch.autograd.Function):
 
 
 class Forward(Rule):
-    """An operator whose gradients its backward operator computes: NAME_backward(grad, *arguments, needs, deterministic)."""
+    """An operator whose gradients, of all tensors, come from NAME_backward(grad, *arguments, needs, deterministic)."""
 
-    @classmethod
-    def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[: len(OPERATORS[cls.name].differentiable)]
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[: len(inputs)]
         deterministic = torch.are_deterministic_algorithms_enabled()
-        arguments = (*ctx.saved_tensors, *ctx.options, needed_bits(needed), deterministic)
-        found = cls.operators(f"{cls.name}_backward")(*grads, *arguments)
+        arguments = (*inputs, *ctx.options, needed_bits(needed), deterministic)
+        found = ctx.rule.operators(f"{ctx.name}_backward")(*grads, *arguments)
         return *return_gradients(found, needed), *(None for _ in ctx.options)
 
 
@@ -203,14 +205,11 @@ def differentiate(
     operator = OPERATORS[name]
     rules = (rule, definition), (backward_rule, backward_definition or gradient_definition(definition, operator))
     for registered, (parent, meaning) in zip(operator.registered, rules, strict=False):
-        tensors = sum(
-            "Tensor" in str(argument.type) for argument in _overload(COMPILED.ns, registered)._schema.arguments
-        )
+        tensors = sum("Tensor" in str(value.type) for value in _overload(COMPILED, registered)._schema.arguments)
         members = {"name": registered, "definition": staticmethod(meaning), "tensors": tensors}
         _rules[registered] = type(registered.title().replace("_", ""), (parent,), members)
-        for library in LIBRARIES:
-            bound = bind(registered, _overload(library.ns, registered), partial(_find, library.ns))
-            _bound[library.ns, registered] = bound
+        for library, find in ((COMPILED, _compiled), (TRITON, _triton)):
+            _bound[library.ns, registered] = bound = bind(registered, _overload(library, registered), find)
             library.impl(registered, bound.call, "Autograd")
             library.impl(registered, bound.call, "FuncTorchDynamicLayerFrontMode")
 
@@ -223,14 +222,20 @@ def bind(name: str, kernel: Operation, operators: Find) -> type[Rule]:
 
 def kernel(backend: str, name: str) -> Operation:
     """The registered operator `name` (an operator or its `_backward`) of a backend other than the reference."""
-    return _find((TRITON if backend == "triton" else COMPILED).ns, name)
+    return (_triton if backend == "triton" else _compiled)(name)
 
 
-def _find(namespace: str, name: str) -> Operation:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _overload(namespace, name)  # what graphs are made of
-    return _bound[namespace, name].call  # where the overload leads to, without the dispatcher's way there
+def _finder(library: torch.library.Library) -> Find:
+    def find(name: str) -> Operation:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return _overload(library, name)  # what graphs are made of
+        return _bound[library.ns, name].call  # where the overload leads to, without the dispatcher's way there
+
+    return find
 
 
-def _overload(namespace: str, name: str) -> Any:
-    return getattr(getattr(torch.ops, namespace), name).default
+_compiled, _triton = _finder(COMPILED), _finder(TRITON)
+
+
+def _overload(library: torch.library.Library, name: str) -> Any:
+    return getattr(getattr(torch.ops, library.ns), name).default

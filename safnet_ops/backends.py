@@ -20,7 +20,6 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 COMPILED = torch.library.Library("safnet_ops", "DEF")
 TRITON = torch.library.Library("safnet_ops_triton", "DEF")
-LIBRARIES = (COMPILED, TRITON)
 
 _PREFERRED = {
     "cpu": ("cpp",),
@@ -34,7 +33,7 @@ _forced: list[str] = []  # innermost `use_backend` last
 def define(schema: str, fake: Callable) -> None:
     """Define an operator for the compiled and for the Triton kernels, with its fake (meta) implementation."""
     name = schema.partition("(")[0]
-    for library in LIBRARIES:
+    for library in (COMPILED, TRITON):
         library.define(schema)
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 

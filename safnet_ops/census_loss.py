@@ -67,11 +67,11 @@ class _Whole(Rule):
 
 
 class _Forward(_Whole):
-    @classmethod
-    def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         patch_size, _deterministic = ctx.options
         deterministic = torch.are_deterministic_algorithms_enabled()
-        found = cls.operators("census_loss_backward")(*grads, *ctx.saved_tensors, patch_size, deterministic)
+        found = ctx.rule.operators("census_loss_backward")(*grads, *ctx.saved_tensors, patch_size, deterministic)
         return found, None, None, None
 
 

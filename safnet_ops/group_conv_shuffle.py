@@ -184,19 +184,19 @@ class _Forward(Forward):
         ctx.save_for_backward(*inputs[: cls.tensors], output[1])
         ctx.set_materialize_grads(False)
 
-    @classmethod
-    def backward(cls, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         *operands, preactivation = ctx.saved_tensors
         input, weight, _bias, prelu_weight, _residual = operands
         grad, preactivation_grad = grads
         needed, (*geometry, has_preactivation) = ctx.needs_input_grad, ctx.options
         if has_preactivation and preactivation_grad is not None:  # somebody used it
             grads = torch.zeros_like(preactivation) if grad is None else grad, preactivation_grad
-            return pull_back(cls.definition, (*operands, *ctx.options), needed, grads)
+            return pull_back(ctx.rule.definition, (*operands, *ctx.options), needed, grads)
         if grad is None:
             return (None,) * len(needed)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        found = cls.operators("group_conv_shuffle_backward")(
+        found = ctx.rule.operators("group_conv_shuffle_backward")(
             grad, preactivation, input, weight, prelu_weight, *geometry, needed_bits(needed[:5]), deterministic
         )
         return *return_gradients(found, needed[:5]), None, None, None, None

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
@@ -219,3 +220,16 @@ def test_traced_programs_can_be_saved(call):
     torch.jit.save(torch.jit.trace(module, (scale,)), file)
     file.seek(0)
     assert_close("the loaded program's result", torch.jit.load(file)(scale), module(scale), slack=10)
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.operator != "upsample_fuse"], ids=name_of)
+def test_compiled_autograd(call):
+    """Of a graph that eager code recorded: its backward is traced. PyTorch cannot trace that of its own interpolate."""
+    leaves, expected = leaves_of(call), leaves_of(call)
+    loss = transforms.loss_of(call.on("cpp"))
+    out = loss(*leaves)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        out.backward()
+    loss(*expected).backward()
+    for leaf, exact in zip(leaves[: call.differentiable], expected, strict=False):
+        assert_close("the gradient", leaf.grad, exact.grad, slack=10)
