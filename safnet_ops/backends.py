@@ -19,9 +19,13 @@ from safnet_ops.operators import OPERATORS
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
-_COMPILED = torch.library.Library("safnet_ops", "DEF")
-_TRITON = torch.library.Library("safnet_ops_triton", "DEF")
+COMPILED = torch.library.Library("safnet_ops", "DEF")
+TRITON = torch.library.Library("safnet_ops_triton", "DEF")
 
+_PREFERRED = {
+    "cpu": ("cpp",),
+    "cuda": ("cuda", "triton"),
+}  # device type -> backends, the first that has a kernel serves
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run
 _served: dict[str, frozenset[str]] = {"reference": frozenset(OPERATORS)}  # backend -> operators it has kernels for
 _forced: list[str] = []  # innermost `use_backend` last
@@ -30,7 +34,7 @@ _forced: list[str] = []  # innermost `use_backend` last
 def define(schema: str, fake: Callable[..., Any]) -> None:
     """Define an operator for the compiled and for the Triton kernels, with its fake (meta) implementation."""
     name = schema.partition("(")[0]
-    for library in (_COMPILED, _TRITON):
+    for library in (COMPILED, TRITON):
         library.define(schema)
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
@@ -77,8 +81,8 @@ def _load_triton() -> None:
         _missing["triton"] = f"triton failed to load: {error}"
         return
     for name, kernel in kernels.items():
-        _TRITON.impl(name, kernel, "CUDA")
-        _TRITON.impl(name, kernel, "CPU")  # where an interpreter of device code launches it
+        TRITON.impl(name, kernel, "CUDA")
+        TRITON.impl(name, kernel, "CPU")  # where an interpreter of device code launches it
     _served["triton"] = frozenset(OPERATORS)
 
 
@@ -121,8 +125,10 @@ def choose(operator: str, device: torch.device, backend: str | None) -> str:
     if backend is None and _forced:
         backend = _forced[-1]
     if backend is None:
-        preferred = ("cuda", "triton") if device.type == "cuda" else ("cpp",) if device.type == "cpu" else ()
-        return next((name for name in preferred if serves(operator, name)), "reference")
+        for name in _PREFERRED.get(device.type, ()):
+            if serves(operator, name):
+                return name
+        return "reference"
     _check_name(operator, backend)
     if not serves(operator, backend):
         raise RuntimeError(f"{operator}: backend {backend!r} is not available: {why_missing(operator, backend)}")
@@ -134,8 +140,3 @@ def choose(operator: str, device: torch.device, backend: str | None) -> str:
 def _check_name(operator: str, backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{operator}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-
-
-def kernel(backend: str, name: str) -> Callable[..., Any]:
-    """The registered operator `name` (an operator or its `_backward`) of a backend other than the reference."""
-    return getattr(torch.ops.safnet_ops_triton if backend == "triton" else torch.ops.safnet_ops, name)

@@ -1,15 +1,12 @@
 """backward_warp: sample an image at pixel + flow."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from safnet_ops import reference
-from safnet_ops.autograd import reference_gradients, return_gradients
-from safnet_ops.backends import choose, define, kernel
-from safnet_ops.checks import check_shape, check_tensor, empty_gradient, empty_image, needs_gradient, unify_geometry
-from safnet_ops.operators import is_needed, needed_bits
+from safnet_ops.autograd import Forward, differentiate, kernel
+from safnet_ops.backends import choose, define
+from safnet_ops.checks import check_shape, check_tensor, empty_gradient, empty_image, unify_geometry
+from safnet_ops.operators import is_needed
 
 
 def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) -> Tensor:
@@ -40,27 +37,7 @@ def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) ->
     backend = choose("backward_warp", image.device, backend)
     if backend == "reference":
         return reference.backward_warp(image, flow)
-    if needs_gradient(image, flow):
-        return _BackwardWarp.apply(backend, image, flow)
     return kernel(backend, "backward_warp")(image, flow)
-
-
-class _BackwardWarp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, image: Tensor, flow: Tensor) -> Tensor:
-        ctx.backend = backend
-        ctx.save_for_backward(image, flow)
-        return kernel(backend, "backward_warp")(image, flow)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, *reference_gradients(reference.backward_warp, inputs, needed, grads)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        found = kernel(ctx.backend, "backward_warp_backward")(*grads, *inputs, needed_bits(needed), deterministic)
-        return None, *return_gradients(found, needed)
 
 
 def _fake_forward(image: Tensor, flow: Tensor) -> Tensor:
@@ -76,3 +53,4 @@ define(
     "backward_warp_backward(Tensor grad, Tensor image, Tensor flow, int needs, bool deterministic) -> (Tensor, Tensor)",
     _fake_backward,
 )
+differentiate("backward_warp", Forward, reference.backward_warp)

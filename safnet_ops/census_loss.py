@@ -1,14 +1,15 @@
 """census_loss: the soft census (ternary) loss, without the patches."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safnet_ops import reference
-from safnet_ops.autograd import reference_gradients
-from safnet_ops.backends import choose, define, kernel
-from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, needs_gradient
+from safnet_ops.autograd import Rule, differentiate, kernel, pull_back
+from safnet_ops.backends import choose, define
+from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image
 
 LARGEST_PATCH = 15  # the kernels keep a tile with this much halo on chip
 
@@ -46,31 +47,32 @@ def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7, *, back
     if backend == "reference":
         return reference.census_loss(prediction, target, patch_size)
     target = target.detach()
-    if needs_gradient(prediction):
-        return _CensusLoss.apply(backend, patch_size, prediction, target)
     return kernel(backend, "census_loss")(prediction, target, patch_size, torch.are_deterministic_algorithms_enabled())
 
 
-class _CensusLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, patch_size: int, prediction: Tensor, target: Tensor) -> Tensor:
-        ctx.backend, ctx.patch_size = backend, patch_size
-        ctx.save_for_backward(prediction, target)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return kernel(backend, "census_loss")(prediction, target, patch_size, deterministic)
+def _definition(prediction: Tensor, target: Tensor, patch_size: int, deterministic: bool) -> Tensor:
+    return reference.census_loss(prediction, target, patch_size)
 
+
+def _backward_definition(grad: Tensor, *arguments: Any) -> Tensor:
+    (gradient,) = pull_back(_definition, arguments, (True,), (grad,))[:1]
+    assert gradient is not None
+    return gradient
+
+
+class _Whole(Rule):
+    @classmethod
+    def folds(cls, batched: Sequence[bool], arguments: Sequence[Any]) -> bool:
+        return False  # the mean is over all pictures
+
+
+class _Forward(_Whole):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        prediction, target = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-
-            def loss(prediction: Tensor) -> Tensor:
-                return reference.census_loss(prediction, target, ctx.patch_size)
-
-            return None, None, *reference_gradients(loss, (prediction,), (True,), grads), None
+        patch_size, _deterministic = ctx.options
         deterministic = torch.are_deterministic_algorithms_enabled()
-        found = kernel(ctx.backend, "census_loss_backward")(*grads, prediction, target, ctx.patch_size, deterministic)
-        return None, None, found, None
+        found = ctx.rule.operators("census_loss_backward")(*grads, *ctx.saved_tensors, patch_size, deterministic)
+        return found, None, None, None
 
 
 def _fake_forward(prediction: Tensor, target: Tensor, patch_size: int, deterministic: bool) -> Tensor:
@@ -86,3 +88,4 @@ define(
     "census_loss_backward(Tensor grad, Tensor prediction, Tensor target, int patch_size, bool deterministic) -> Tensor",
     _fake_backward,
 )
+differentiate("census_loss", _Forward, _definition, _Whole, _backward_definition)

@@ -44,15 +44,16 @@ def unify_geometry(operator: str, image: Tensor, tensors: dict[str, Tensor]) -> 
     Half-precision images may come with float32 flows and masks (a flow of 100 pixels needs more bits than bfloat16 has);
     float64 images need float64 ones, or precision would be lost unseen.
     """
+    mixed = False
     for name, value in tensors.items():
         check_device(operator, name, value, "the image", image)
-        if (value.dtype == torch.float64) != (image.dtype == torch.float64):
-            raise TypeError(
-                f"{operator}: {name} must be float64 if and only if the image is: {image.dtype}, got {value.dtype}"
-            )
-    if all(value.dtype == image.dtype for value in tensors.values()):
-        return list(tensors.values())
-    return [value.to(torch.float32) for value in tensors.values()]
+        if value.dtype != image.dtype:
+            if torch.float64 in (value.dtype, image.dtype):
+                raise TypeError(
+                    f"{operator}: {name} must be float64 if and only if the image is: {image.dtype}, got {value.dtype}"
+                )
+            mixed = True
+    return [value.to(torch.float32) for value in tensors.values()] if mixed else list(tensors.values())
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -69,10 +70,6 @@ def empty_image(model: Tensor, shape: tuple[int, ...] | None = None, dtype: torc
         device=model.device,
         memory_format=layout,
     )
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def empty_gradient(model: Tensor, needed: bool) -> Tensor:

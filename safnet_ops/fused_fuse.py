@@ -2,22 +2,20 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from safnet_ops import reference as references
-from safnet_ops.autograd import reference_gradients, return_gradients
-from safnet_ops.backends import choose, define, kernel
+from safnet_ops.autograd import Forward, differentiate, kernel
+from safnet_ops.backends import choose, define
 from safnet_ops.checks import (
     check_same_kind,
     check_shape,
     check_tensor,
     empty_gradient,
     empty_image,
-    needs_gradient,
     unify_geometry,
 )
-from safnet_ops.operators import is_needed, needed_bits
+from safnet_ops.operators import is_needed
 
 
 def fused_fuse(
@@ -75,9 +73,7 @@ def fused_fuse(
     backend = choose("fused_fuse", short.device, backend)
     inputs = (short, reference, long, *geometry, *base)
     if backend == "reference":
-        return _reference(*inputs, mask_logits=mask_logits)
-    if needs_gradient(*inputs):
-        return _FusedFuse.apply(backend, mask_logits, *inputs)
+        return _definition(*inputs, mask_logits)
     return kernel(backend, "fused_fuse")(*inputs, mask_logits)
 
 
@@ -118,39 +114,11 @@ def _check_base_weights(
     return None, expanded[0], expanded[1], expanded[2]
 
 
-def _reference(*inputs: Tensor | None, mask_logits: bool) -> Tensor:
+def _definition(*arguments: Any) -> Tensor:
     """The reference, called with the registered operator's arguments."""
-    *images_and_geometry, reference_ldr, weight_short, weight_reference, weight_long = inputs
+    *images_and_geometry, reference_ldr, weight_short, weight_reference, weight_long, mask_logits = arguments
     weights = None if weight_short is None else (weight_short, weight_reference, weight_long)
-    return references.fused_fuse(*images_and_geometry, reference_ldr, weights=weights, mask_logits=mask_logits)  # type: ignore[arg-type, misc]
-
-
-class _FusedFuse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, mask_logits: bool, *inputs: Tensor | None) -> Tensor:
-        ctx.backend, ctx.mask_logits = backend, mask_logits
-        ctx.save_for_backward(*inputs)
-        return kernel(backend, "fused_fuse")(*inputs, mask_logits)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            function = _with_logits if ctx.mask_logits else _with_masks
-            return None, None, *reference_gradients(function, inputs, needed, grads)
-        bits = needed_bits(needed)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        found = kernel(ctx.backend, "fused_fuse_backward")(*grads, *inputs, ctx.mask_logits, bits, deterministic)
-        return None, None, *return_gradients(found, needed)
-
-
-def _with_masks(*inputs: Tensor | None) -> Tensor:
-    return _reference(*inputs, mask_logits=False)
-
-
-def _with_logits(*inputs: Tensor | None) -> Tensor:
-    return _reference(*inputs, mask_logits=True)
+    return references.fused_fuse(*images_and_geometry, reference_ldr, weights=weights, mask_logits=mask_logits)  # type: ignore[misc]
 
 
 def _fake_forward(short: Tensor, *inputs: Any) -> Tensor:
@@ -174,3 +142,4 @@ define(
     f"fused_fuse_backward(Tensor grad, {_INPUTS}, int needs, bool deterministic) -> ({', '.join(['Tensor'] * 11)})",
     _fake_backward,
 )
+differentiate("fused_fuse", Forward, _definition)

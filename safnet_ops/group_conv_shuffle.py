@@ -1,13 +1,14 @@
 """group_conv_shuffle: 3x3 grouped convolution + bias + residual + PReLU + channel shuffle, written once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safnet_ops import reference
-from safnet_ops.autograd import reference_gradients, return_gradients
-from safnet_ops.backends import choose, define, kernel
+from safnet_ops.autograd import Forward, Operation, Result, Rule, differentiate, kernel, pull_back, return_gradients
+from safnet_ops.backends import choose, define
 from safnet_ops.checks import (
     check_same_kind,
     check_shape,
@@ -15,7 +16,6 @@ from safnet_ops.checks import (
     empty_gradient,
     empty_image,
     is_channels_last,
-    needs_gradient,
 )
 from safnet_ops.operators import is_needed, needed_bits
 
@@ -66,12 +66,11 @@ def group_conv_shuffle(
         prelu_weight = prelu_weight.expand(weight.shape[0])
     backend = choose("group_conv_shuffle", input.device, backend)
     operands = (input, weight, bias, prelu_weight, residual)
-    geometry = (groups, stride, dilation)
     if backend == "reference":
-        return _reference(*operands, geometry=geometry)
-    if needs_gradient(*operands):
-        return _GroupConvShuffle.apply(backend, geometry, *operands)
-    return kernel(backend, "group_conv_shuffle")(*operands, *geometry, False)[0]
+        return reference.group_conv_shuffle(
+            input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual
+        )
+    return kernel(backend, "group_conv_shuffle")(*operands, groups, stride, dilation, False)[0]
 
 
 def _is_autocast(device_type: str) -> bool:
@@ -123,43 +122,94 @@ def _out_side(side: int, stride: int) -> int:
     return (side + stride - 1) // stride
 
 
-def _reference(*operands: Tensor | None, geometry: tuple[int, int, int]) -> Tensor:
-    """The reference, called with the registered operator's arguments."""
-    input, weight, bias, prelu_weight, residual = operands
-    assert input is not None
-    assert weight is not None
-    groups, stride, dilation = geometry
-    return reference.group_conv_shuffle(
-        input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual
+def _definition(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prelu_weight: Tensor | None,
+    residual: Tensor | None,
+    groups: int,
+    stride: int,
+    dilation: int,
+    save_preactivation: bool,
+) -> tuple[Tensor, Tensor]:
+    sums = reference.group_conv(input, weight, bias, residual, groups, stride, dilation)
+    out = reference.activate_and_shuffle(sums, prelu_weight, groups)
+    return out, sums if save_preactivation else sums.new_empty(0)
+
+
+def _backward_definition(
+    grad: Tensor,
+    preactivation: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    prelu_weight: Tensor | None,
+    groups: int,
+    stride: int,
+    dilation: int,
+    needs: int,
+    deterministic: bool,
+) -> tuple[Tensor, ...]:
+    wanted = [is_needed(needs, position) for position in range(5)]
+    sums: Tensor | None
+    if prelu_weight is None:
+        sums, slopes = reference.channel_shuffle(grad, weight.shape[0] // groups), None
+    else:
+        activation = (preactivation, prelu_weight, groups)
+        sums, slopes, _ = pull_back(reference.activate_and_shuffle, activation, (True, wanted[3], False), (grad,))
+    assert sums is not None
+    convolution = (input, weight, None, None, groups, stride, dilation)
+    found = pull_back(reference.group_conv, convolution, (*wanted[:2], *[False] * 5), (sums,))
+    gradients = *found[:2], sums.sum((0, 2, 3)), slopes, sums
+    return tuple(
+        grad.new_empty(0) if value is None or not want else value for value, want in zip(gradients, wanted, strict=True)
     )
 
 
-class _GroupConvShuffle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, geometry: tuple[int, int, int], *operands: Tensor | None) -> Tensor:
-        _input, _weight, _bias, prelu_weight, _residual = operands
-        out, preactivation = kernel(backend, "group_conv_shuffle")(*operands, *geometry, prelu_weight is not None)
-        ctx.backend, ctx.geometry = backend, geometry
-        ctx.save_for_backward(preactivation, *operands)
-        return out
+class _Forward(Forward):
+    """The preactivation, an output of the operator, is saved for the backward operator and has a gradient of its own."""
+
+    parameters = (1, 2, 3)
+
+    @classmethod
+    def derive(cls, apply: Operation, *arguments: Any) -> Result:
+        *others, save_preactivation = arguments
+        prelu_weight = arguments[3]
+        out, preactivation = apply(*others, save_preactivation or prelu_weight is not None)
+        return out, preactivation if save_preactivation else out.new_empty(0)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        super().setup_context(ctx, inputs, output)
+        ctx.save_for_backward(*inputs[: cls.tensors], output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        preactivation, *operands = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-
-            def function(*operands: Tensor | None) -> Tensor:
-                return _reference(*operands, geometry=ctx.geometry)
-
-            return None, None, *reference_gradients(function, operands, needed, grads)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        *operands, preactivation = ctx.saved_tensors
         input, weight, _bias, prelu_weight, _residual = operands
-        bits = needed_bits(needed)
+        grad, preactivation_grad = grads
+        needed, (*geometry, has_preactivation) = ctx.needs_input_grad, ctx.options
+        if has_preactivation and preactivation_grad is not None:  # somebody used it
+            grads = torch.zeros_like(preactivation) if grad is None else grad, preactivation_grad
+            return pull_back(ctx.rule.definition, (*operands, *ctx.options), needed, grads)
+        if grad is None:
+            return (None,) * len(needed)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        found = kernel(ctx.backend, "group_conv_shuffle_backward")(
-            *grads, preactivation, input, weight, prelu_weight, *ctx.geometry, bits, deterministic
+        found = ctx.rule.operators("group_conv_shuffle_backward")(
+            grad, preactivation, input, weight, prelu_weight, *geometry, needed_bits(needed[:5]), deterministic
         )
-        return None, None, *return_gradients(found, needed)
+        return *return_gradients(found, needed[:5]), None, None, None, None
+
+
+class _Backward(Rule):
+    parameters = (3, 4)
+
+    @classmethod
+    def folds(cls, batched: Sequence[bool], arguments: Sequence[Any]) -> bool:
+        """Gradients of parameters are sums over the pictures of one batch."""
+        *_, needs, _deterministic = arguments
+        return super().folds(batched, arguments) and not any(is_needed(needs, place) for place in (1, 2, 3))
 
 
 def _fake_forward(
@@ -213,3 +263,4 @@ define(
     " int groups, int stride, int dilation, int needs, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
+differentiate("group_conv_shuffle", _Forward, _definition, _Backward, _backward_definition)

@@ -145,12 +145,25 @@ def group_conv_shuffle(
     residual: Tensor | None = None,
 ) -> Tensor:
     """channel_shuffle(prelu(conv3x3(input) + residual)), padding = dilation (see safnet_ops.group_conv_shuffle)."""
+    sums = group_conv(input, weight, bias, residual, groups, stride, dilation)
+    return activate_and_shuffle(sums, prelu_weight, groups)
+
+
+def group_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    groups: int,
+    stride: int,
+    dilation: int,
+) -> Tensor:
     out = F.conv2d(input, weight, bias, stride, dilation, dilation, groups)
-    if residual is not None:
-        out = out + residual
-    if prelu_weight is not None:
-        out = F.prelu(out, prelu_weight)
-    return channel_shuffle(out, groups)
+    return out if residual is None else out + residual
+
+
+def activate_and_shuffle(sums: Tensor, prelu_weight: Tensor | None, groups: int) -> Tensor:
+    return channel_shuffle(sums if prelu_weight is None else F.prelu(sums, prelu_weight), groups)
 
 
 def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7) -> Tensor:

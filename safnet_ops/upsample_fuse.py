@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from safnet_ops import reference as references
-from safnet_ops.backends import choose, define, kernel
-from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, needs_gradient, unify_geometry
-from safnet_ops.fused_fuse import fused_fuse
+from safnet_ops.autograd import Operation, Result, Rule, differentiate, kernel
+from safnet_ops.backends import choose, define
+from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, unify_geometry
 
 
 def upsample_fuse(
@@ -58,13 +58,18 @@ def upsample_fuse(
     backend = choose("upsample_fuse", short.device, backend)
     if backend == "reference":
         return references.upsample_fuse(*inputs)
-    if needs_gradient(*inputs):
-        flow_short, flow_long, mask_short, mask_long = references.upsample_alignment(inputs[3:7], short)
-        fused = fused_fuse(
-            short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr, backend=backend
-        )
-        return fused, flow_short, flow_long, mask_short, mask_long
     return kernel(backend, "upsample_fuse")(*inputs)
+
+
+class _Rule(Rule):
+    @classmethod
+    def derive(cls, apply: Operation, *arguments: Any) -> Result:
+        """In two passes: the one pass keeps nothing that a derivative could start from."""
+        short, reference, long, *low, reference_ldr = arguments
+        full = references.upsample_alignment(low, short)
+        explicit_weights = (None, None, None)
+        inputs = (short, reference, long, *full, reference_ldr, *explicit_weights)
+        return cls.operators("fused_fuse")(*inputs, False), *full
 
 
 def _fake(short: Tensor, reference: Tensor, long: Tensor, flow_short: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -79,3 +84,4 @@ define(
     " Tensor mask_long, Tensor reference_ldr) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
+differentiate("upsample_fuse", _Rule, references.upsample_fuse)

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 
 import ptxsim
 from ptxsim.module import Kernel, Module
+from safnet_ops.autograd import bind
 from safnet_ops.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,6 +301,11 @@ def run_operators_on(device: Device | RealDevice, patch: Callable[[str, Any], No
 
     `patch(dotted name, value)` replaces an attribute.
     """
+    rules = {
+        name: bind(name, partial(device.call, name), lambda name: rules[name].call)
+        for operator in OPERATORS.values()
+        for name in operator.registered
+    }
     for module in OPERATORS:
         patch(f"safnet_ops.{module}.choose", lambda operator, device, backend: backend or "cuda")
-        patch(f"safnet_ops.{module}.kernel", lambda backend, name: lambda *arguments: device.call(name, *arguments))
+        patch(f"safnet_ops.{module}.kernel", lambda backend, name: rules[name].call)
