@@ -1,4 +1,4 @@
-"""`python -m bench.report` measures all operators and both models on this machine and writes docs/benchmarks.md."""
+"""`python -m bench.report` measures all operators and both models on this machine and writes docs/measured/benchmarks.md."""
 
 import datetime
 import importlib
@@ -19,7 +19,7 @@ from bench.picture import Bar, draw_ratios
 from safnet_ops.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = "images/benchmarks.png"
+PICTURE = "benchmarks.png"
 MOST_OTHER_LOAD = 0.05  # share of the processors that others may take before measuring starts
 HOW = """\
 **How.** Each implementation is first checked against the reference, results and gradients; a wrong one stops the run. The
@@ -81,7 +81,7 @@ class Models:
 
 
 def report(
-    output: Annotated[Path, typer.Option(help="Folder for benchmarks.md and images/benchmarks.png.")] = ROOT / "docs",
+    output: Annotated[Path, typer.Option(help=f"Folder for benchmarks.md and {PICTURE}.")] = ROOT / "docs" / "measured",
     only: Annotated[
         str, typer.Option(help="Print only operators whose name begins so, or 'models'; write nothing.")
     ] = "",

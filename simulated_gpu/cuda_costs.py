@@ -393,13 +393,16 @@ TITLES = (
 )
 
 
-def all_cost_rows(folder: Path, so_far: bool = False) -> list[str]:
-    """Rows of all cases; those of unchanged kernels come from an earlier run. `so_far`: compute nothing."""
+def all_cost_rows(folder: Path, so_far: bool = False, only: str = "") -> list[str]:
+    """Rows of all cases, or of those with `only` in their name; those of unchanged kernels come from an earlier run.
+
+    `so_far`: compute nothing.
+    """
     rows: list[str] = []
     with contextlib.ExitStack() as stack:
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         stack.callback(setattr, convolutions, "fp32_precision", convolutions.fp32_precision)
-        for case in CASES:
+        for case in (case for case in CASES if only in case.name):
             source = folder / f"{case.name.split(',')[0].split()[0]}.ptx"
 
             def compute(case: Case = case) -> list[str]:

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: builds, tests and times the kernels, and writes one report.
 
-    python -m tools.gpu [--report docs/gpu.md] [--dry-run]
+    python -m tools.gpu [--report docs/measured/gpu.md] [--dry-run]
 
 It uses the Python, torch (2.11 or newer, built with CUDA) and nvcc that are there, and no network. A step that fails or
 takes too long is reported as such, and the next one runs. --dry-run does all that needs no GPU: the build, with the CUDA
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch  # at run time where it is used: main() says what is missing
 
 ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "docs" / "measured" / "gpu.md"
 BUDGET = {
     "build": 200,
     "tests, cuda": 90,
@@ -41,9 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Build, test and time the kernels on the GPU of this machine; write one report."
     )
-    parser.add_argument(
-        "--report", type=Path, default=ROOT / "docs" / "gpu.md", help="the report (default: docs/gpu.md)"
-    )
+    parser.add_argument("--report", type=Path, default=REPORT, help=f"the report (default: {REPORT.relative_to(ROOT)})")
     parser.add_argument("--dry-run", action="store_true", help="do what needs no GPU")
     options = parser.parse_args()
     began = time.monotonic()

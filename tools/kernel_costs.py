@@ -1,6 +1,7 @@
-"""Writes docs/kernels.md: registers, spills and modelled costs of the GPU kernels. Needs nvcc and Triton, and no GPU.
+"""Writes docs/measured/kernels.md: registers, spills and modelled costs of the GPU kernels. Needs nvcc and Triton, and no GPU.
 
     python -m tools.kernel_costs [--cuda] [--triton] [--so-far]  # the whole page, or one part of it
+    python -m tools.kernel_costs --case "census_loss backward"   # print: modelled costs of CUDA kernels, some rows
     python -m tools.kernel_costs --overhead                      # print: host time of calls of Triton kernels
 
 Takes some minutes; an interrupted run goes on where it stopped.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from simulated_gpu import cuda_costs, device
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "measured" / "kernels.md"
 MARKS = "<!-- triton:begin -->", "<!-- triton:end -->"
 
 
@@ -23,11 +24,15 @@ def triton_section(text: str) -> str:
     return found[0] if found else "\n".join(MARKS)
 
 
+def cost_table(rows: list[str]) -> str:
+    return "\n".join([f"| {' | '.join(cuda_costs.TITLES)} |", f"|{'---|' * len(cuda_costs.TITLES)}", *rows])
+
+
 def page(rows: list[str], registers: str, triton: str) -> str:
-    costs = "\n".join([f"| {' | '.join(cuda_costs.TITLES)} |", f"|{'---|' * len(cuda_costs.TITLES)}", *rows])
     return f"""# The kernels in numbers
 
-The CUDA kernels' part is written by `python -m tools.kernel_costs --cuda`; no GPU was used. How they work: [cuda.md](cuda.md).
+The CUDA kernels' part is written by `python -m tools.kernel_costs --cuda`; no GPU was used. How they work:
+[cuda.md](../internals/cuda.md).
 
 ## CUDA: modelled cost on an {cuda_costs.GPU}
 
@@ -40,7 +45,7 @@ small pictures flows point outside, which saves some. `bound by` is the unit tha
 is the share of the modelled time that the tensor cores are busy. Convolutions: decoder 120 -> 120 channels in 3 groups,
 refine 80 -> 80 channels.
 
-{costs}
+{cost_table(rows)}
 
 ## CUDA: registers and occupancy
 
@@ -52,13 +57,14 @@ two blocks on an SM by design, with two or three stages of copies under way. {re
 
 
 def section(registers: str, costs: str) -> str:
-    """The Triton kernels' part of docs/kernels.md."""
+    """The Triton kernels' part of docs/measured/kernels.md."""
     import triton
 
     return f"""{MARKS[0]}
 ## The Triton kernels beside them
 
-Written by `python -m tools.kernel_costs --triton`; no GPU was used. How these kernels work: [triton.md](triton.md).
+Written by `python -m tools.kernel_costs --triton`; no GPU was used. How these kernels work:
+[triton.md](../internals/triton.md).
 
 ### Modelled cost on an H100, Triton
 
@@ -90,7 +96,7 @@ Why they differ from the CUDA kernels:
 
 Registers a thread, from the machine code of Triton's own ptxas; in brackets with 64-bit offsets, compiled for float32 in
 the first configuration. Of bfloat16, float64, convolutions and unusual calls there is the first configuration only
-(`pytest -m slow tests/triton` compiles all of them). A row that says "any" layout is one kernel for both: only its
+(`pytest -m slow tests/safnet_ops/triton` compiles all of them). A row that says "any" layout is one kernel for both: only its
 strides differ. {registers}
 {MARKS[1]}
 """
@@ -120,12 +126,16 @@ def write_triton() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/kernels.md.")
+    parser = argparse.ArgumentParser(description="Write docs/measured/kernels.md.")
     parser.add_argument("--cuda", action="store_true", help="write the CUDA kernels' part")
     parser.add_argument("--triton", action="store_true", help="write the Triton kernels' part")
     parser.add_argument("--so-far", action="store_true", help="CUDA: compute nothing, take what earlier runs computed")
     parser.add_argument("--overhead", action="store_true", help="print the host time of calls of Triton kernels, only")
+    parser.add_argument("--case", metavar="TEXT", help="print the CUDA kernels' rows with this in their name, only")
     options = parser.parse_args()
+    if options.case is not None:
+        print(cost_table(cuda_costs.all_cost_rows(device.build(), only=options.case)))
+        return
     if options.overhead:
         from simulated_gpu import triton_costs
 
