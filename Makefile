@@ -33,6 +33,15 @@ demo: $(VENV)/run.stamp
 	$(BIN)/safnet fuse examples/bracket -o demo/fused.exr --preview demo/preview.png --inspect demo/steps --overwrite
 	@echo "The HDR picture is demo/fused.exr, a picture to look at demo/preview.png, and how it was made demo/steps/sheet.png"
 
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	$(RUN) pip install --quiet --no-build-isolation -e ".[docs]"
+	touch $@
+
+# The site, with a page for each document and the reference from docstrings, into build/site. Warnings are errors.
+.PHONY: docs
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
 test: $(VENV)/dev.stamp
 	$(RUN) pytest -m "not slow"
 

@@ -35,8 +35,10 @@ def fused_fuse(
     """Warp short and long exposure onto the reference and average the three with mask-reweighted weights, in one pass.
 
     With base weights L1, L2, L3 of short, reference and long, per colour channel,
+
         W1 = L1 M1,   W3 = L3 M3,   W2 = L2 + L1 (1 - M1) + L3 (1 - M3)
         out = (W1 warp(short, flow_short) + W2 reference + W3 warp(long, flow_long)) / (W1 + W2 + W3 + 1e-9)
+
     (SAFNet, equations 3 to 5). The base weights are the triangle functions of the reference's LDR value, as
     `safnet_ops.reference.triangle_weights` gives them, or your own. `backward_warp` says how the warp treats borders and NaN.
 
