@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Cell<R, Index> sum_cell = locate(b.grad_image, pixel, Index(0), flow_x, flow_y, a.height, a.width);
   const CellSteps<Index> sum_steps = cell_steps(b.grad_image, a.height, a.width);
   Scatter<R, kDeterministic> scatter(b.scatter, b.measuring);
+  const bool scatters = active && !is_nan(flow_x) && !is_nan(flow_y);
   const Handover handover =
-      kLanes == 1 && b.need_image ? plan_handover(active, sum_cell.offset, sum_steps.x) : Handover{};
+      kLanes == 1 && b.need_image ? plan_handover(scatters, sum_cell.offset, sum_steps.x) : Handover{};
 
   const int32_t share = kLanes == 1 ? blockDim.y : kLanes;
   const T* grad = b.grad_out.data + b.grad_out.at(pixel.n, pixel.y, pixel.x);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       sum_y += g * bilinear_dy(v.v00, v.v01, v.v10, v.v11, cell.fraction_x);
     }
     if (b.need_image)
-      scatter_cell(scatter, busy, handover, sum_cell.offset + c * b.grad_image.c, sum_steps, cell.fraction_x,
+      scatter_cell(scatter, busy && scatters, handover, sum_cell.offset + c * b.grad_image.c, sum_steps, cell.fraction_x,
                    cell.fraction_y, g);
   }
   if (b.need_image) scatter.finish();
