@@ -168,11 +168,13 @@ def group_conv(
     stride: int,
     dilation: int,
 ) -> Tensor:
+    """conv3x3(input) + residual, padding = dilation: what PReLU and shuffle come after."""
     out = F.conv2d(input, weight, bias, stride, dilation, dilation, groups)
     return out if residual is None else out + residual
 
 
 def activate_and_shuffle(sums: Tensor, prelu_weight: Tensor | None, groups: int) -> Tensor:
+    """channel_shuffle(prelu(sums), groups)."""
     return channel_shuffle(sums if prelu_weight is None else F.prelu(sums, prelu_weight), groups)
 
 

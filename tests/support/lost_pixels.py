@@ -1,6 +1,6 @@
 """Pixels whose flow or mask is NaN: the result there is NaN, a constant, so nothing may receive a gradient from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ def _lose(values: Tensor, pixels: Sequence[tuple[int, int]], channel: int) -> No
         values[:, channel, y, x] = torch.nan
 
 
-def _check(found: Call, inputs: list[Tensor], function: object, grad: Tensor) -> None:
+def _check(found: Call, inputs: list[Tensor], function: Callable[..., Tensor], grad: Tensor) -> None:
     """Against the reference, in float64, of inputs whose NaN are made good, and of no incoming gradient there."""
     lost = torch.stack([value.isnan().any(1, keepdim=True) for value in inputs if value.shape[1] < 3]).any(0)
     whole = [value.double().nan_to_num(0.25) for value in inputs]
     result, expected = gradients(function, whole, [True] * len(whole), grad.double().masked_fill(lost, 0))
     assert_close("the result", found[0], result.masked_fill(lost, torch.nan))
     for place, (one, other) in enumerate(zip(found[1], expected, strict=True)):
+        assert other is not None
         assert_close(f"gradient {place}", one, other, slack=2)
 
 
