@@ -20,9 +20,8 @@ __device__ __forceinline__ Cell<R, Index> locate(const View<T, Index>& image, co
                                                  bool* inside_x = nullptr, bool* inside_y = nullptr) {
   const auto sample_x = sample_axis(static_cast<R>(pixel.x + shift) + flow_x, width);
   const auto sample_y = sample_axis(static_cast<R>(pixel.y) + flow_y, height);
-  // A sample that is NaN for one direction's flow does not depend on the other's.
-  if (inside_x != nullptr) *inside_x = sample_x.inside != 0 && !is_nan(flow_y);
-  if (inside_y != nullptr) *inside_y = sample_y.inside != 0 && !is_nan(flow_x);
+  if (inside_x != nullptr) *inside_x = sample_x.inside;
+  if (inside_y != nullptr) *inside_y = sample_y.inside;
   return {image.at(pixel.n, sample_y.index, sample_x.index), sample_x.fraction, sample_y.fraction};
 }
 
