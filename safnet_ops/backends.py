@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ _PREFERRED = {
 }  # device type -> backends, the first that has a kernel serves
 _missing: dict[str, str] = {}  # backend -> why none of its kernels can run
 _served: dict[str, frozenset[str]] = {"reference": frozenset(OPERATORS)}  # backend -> operators it has kernels for
-_forced: list[str] = []  # innermost `use_backend` last
+_forced: ContextVar[str | None] = ContextVar("safnet_ops backend", default=None)  # by the innermost `use_backend`
+_blocks: list["_Block"] = []  # of `use_backend` in all threads, for torch.compile, which reads no context variables
 
 
 def define(schema: str, fake: Callable[..., Any]) -> None:
@@ -98,21 +100,38 @@ def why_missing(operator: str, backend: str) -> str | None:
     return _missing.get(backend, f"the {backend} backend has no kernel for it")
 
 
+class _Block:
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run all operators called in this block with one backend: "reference", "cpp", "cuda" or "triton".
 
-    It holds for the whole process, like the flags of torch.backends; `backend=` of a call wins over it.
+    It holds for the thread or task that enters the block, as context variables do; a new thread starts without it. `backend=`
+    of a call wins over it. Gradients are computed by the backend that computed the result, in whatever thread backward runs.
+    A function that torch.compile has compiled takes the block entered last in any thread.
 
     Raises:
         ValueError: there is no such backend.
     """
     _check_name("use_backend", name)
-    _forced.append(name)
+    block = _Block(name)
+    _blocks.append(block)
+    before = None if torch.compiler.is_compiling() else _forced.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _blocks.remove(block)
+        if before is not None:
+            _forced.reset(before)
+
+
+def _forced_backend() -> str | None:
+    if not torch.compiler.is_compiling():
+        return _forced.get()
+    return _blocks[-1].backend if _blocks else None
 
 
 def choose(operator: str, device: torch.device, backend: str | None) -> str:
@@ -122,8 +141,8 @@ def choose(operator: str, device: torch.device, backend: str | None) -> str:
         ValueError: there is no such backend.
         RuntimeError: the backend asked for cannot run the operator here; the message says why.
     """
-    if backend is None and _forced:
-        backend = _forced[-1]
+    if backend is None:
+        backend = _forced_backend()
     if backend is None:
         for name in _PREFERRED.get(device.type, ()):
             if serves(operator, name):

@@ -14,8 +14,9 @@ def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) ->
 
     out[n, c, y, x] = image[n, c] at (x + flow[n, 0, y, x], y + flow[n, 1, y, x]): what grid_sample with
     padding_mode="border", align_corners=True gives for an absolute grid, without that grid's rounding error. Coordinates and
-    sums are float32 (float64 for float64 images). NaN flow gives NaN, infinite or huge flow the border. The gradient of a
-    flow component is zero where it points out of the picture.
+    sums are float32 (float64 for float64 images). Infinite or huge flow gives the border; the gradient of a flow component is
+    zero where it points out of the picture. Where a flow component is NaN, so is the result, as a constant: neither image nor
+    flow receives a gradient from that pixel, and a loss may mask it out.
 
     Args:
         image: (N, C, H, W), float32, float64, float16 or bfloat16, any strides.

@@ -40,7 +40,8 @@ def fused_fuse(
         out = (W1 warp(short, flow_short) + W2 reference + W3 warp(long, flow_long)) / (W1 + W2 + W3 + 1e-9)
 
     (SAFNet, equations 3 to 5). The base weights are the triangle functions of the reference's LDR value, as
-    `safnet_ops.reference.triangle_weights` gives them, or your own. `backward_warp` says how the warp treats borders and NaN.
+    `safnet_ops.reference.triangle_weights` gives them, or your own. `backward_warp` says how the warp treats borders. Where a
+    flow or a mask is NaN, so is the result, as a constant: nothing receives a gradient from that pixel.
 
     Args:
         short, reference, long: linear radiance (N, C, H, W) of one dtype: float32, float64, float16 or bfloat16.

@@ -24,11 +24,13 @@ def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
     """Sample `image` (N, C, H, W) bilinearly at pixel + `flow` (N, 2, H, W; x then y, in pixels), clamped to the border.
 
     Equal to grid_sample(padding_mode="border", align_corners=True) on an absolute grid, without that grid's rounding error.
-    NaN flow gives NaN; the gradient with respect to a flow component is zero where it points out of the picture.
+    NaN flow gives NaN, a constant that passes no gradient on; the gradient of a flow component is zero where it points out of
+    the picture.
     """
     n, channels, height, width = image.shape
     kind = compute_type(image)
-    x, y = flow.to(kind).unbind(1)
+    lost = _is_lost(flow)
+    x, y = flow.to(kind).masked_fill(lost, 0).unbind(1)
     x = _clamp_coordinate(x + torch.arange(width, device=x.device, dtype=kind), width - 1)
     y = _clamp_coordinate(y + torch.arange(height, device=y.device, dtype=kind)[:, None], height - 1)
     left, top = _cell_corner(x, width), _cell_corner(y, height)
@@ -41,18 +43,23 @@ def backward_warp(image: Tensor, flow: Tensor) -> Tensor:
 
     upper = corner(0, 0) * (1 - fraction_x) + corner(1, 0) * fraction_x
     lower = corner(0, 1) * (1 - fraction_x) + corner(1, 1) * fraction_x
-    return (upper * (1 - fraction_y) + lower * fraction_y).to(image.dtype)
+    return (upper * (1 - fraction_y) + lower * fraction_y).masked_fill(lost, torch.nan).to(image.dtype)
+
+
+def _is_lost(*geometry: Tensor) -> Tensor:
+    """Where a channel of flows or masks is NaN: (N, 1, H, W)."""
+    return torch.stack([values.isnan().any(1, keepdim=True) for values in geometry]).any(0)
 
 
 def _clamp_coordinate(position: Tensor, last: int) -> Tensor:
-    """Clamp to [0, last]; NaN stays NaN; the gradient is one inside and on pixel centres, zero beyond the border."""
+    """Clamp to [0, last]; the gradient is one inside and on pixel centres, zero beyond the border."""
     inside = (position > 0) & (position < last)
-    return torch.where(inside | position.isnan(), position, position.detach().clamp(0, last))
+    return torch.where(inside, position, position.detach().clamp(0, last))
 
 
 def _cell_corner(position: Tensor, size: int) -> Tensor:
-    """Index of the left or top corner of the cell that holds `position`; 0 for NaN, so that every read stays inside."""
-    return position.detach().nan_to_num(0.0).floor().clamp(0, max(size - 1, 0)).long()
+    """Index of the left or top corner of the cell that holds `position`."""
+    return position.detach().floor().clamp(0, max(size - 1, 0)).long()
 
 
 def triangle_weights(reference_ldr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +88,9 @@ def fused_fuse(
 ) -> Tensor:
     """Warp short and long onto the reference and average the three with mask-reweighted weights (see safnet_ops.fused_fuse)."""
     kind = compute_type(short)
-    mask_short, mask_long = mask_short.to(kind), mask_long.to(kind)
+    lost = _is_lost(flow_short, flow_long, mask_short, mask_long)
+    flow_short, flow_long = flow_short.masked_fill(lost, 0), flow_long.masked_fill(lost, 0)
+    mask_short, mask_long = (mask.to(kind).masked_fill(lost, 0) for mask in (mask_short, mask_long))
     if mask_logits:
         mask_short, mask_long = mask_short.sigmoid(), mask_long.sigmoid()
     if weights is None:
@@ -93,7 +102,8 @@ def fused_fuse(
     warped_short = backward_warp(short.to(kind), flow_short)
     warped_long = backward_warp(long.to(kind), flow_long)
     total = weight_short * warped_short + weight_reference * reference.to(kind) + weight_long * warped_long
-    return (total / (weight_short + weight_reference + weight_long + FUSION_EPSILON)).to(short.dtype)
+    fused = total / (weight_short + weight_reference + weight_long + FUSION_EPSILON)
+    return fused.masked_fill(lost, torch.nan).to(short.dtype)
 
 
 def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
@@ -158,11 +168,13 @@ def group_conv(
     stride: int,
     dilation: int,
 ) -> Tensor:
+    """conv3x3(input) + residual, padding = dilation: what PReLU and shuffle come after."""
     out = F.conv2d(input, weight, bias, stride, dilation, dilation, groups)
     return out if residual is None else out + residual
 
 
 def activate_and_shuffle(sums: Tensor, prelu_weight: Tensor | None, groups: int) -> Tensor:
+    """channel_shuffle(prelu(sums), groups)."""
     return channel_shuffle(sums if prelu_weight is None else F.prelu(sums, prelu_weight), groups)
 
 

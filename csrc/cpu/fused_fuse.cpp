@@ -86,6 +86,49 @@ struct Samples {
   R value[kChunk], x[kChunk], y[kChunk];
 };
 
+// Pixels of a run where a flow or a mask is NaN: the result is NaN there whatever the inputs, and passes no gradient on.
+struct Lost {
+  int32_t at[kChunk];
+  bool any;
+
+  template <class R>
+  void find(const FuseInputs& a, const Run& run) {
+    R buffers[6][kChunk];
+    const R *short_x = read_run(a.flow_short, run, 0, buffers[0]), *short_y = read_run(a.flow_short, run, 1, buffers[1]);
+    const R *long_x = read_run(a.flow_long, run, 0, buffers[2]), *long_y = read_run(a.flow_long, run, 1, buffers[3]);
+    const R* mask_short = read_run(a.mask_short, run, 0, buffers[4]);
+    const R* mask_long = read_run(a.mask_long, run, 0, buffers[5]);
+    int32_t found = 0;
+    for (int i = 0; i < run.count; ++i) {
+      at[i] = is_nan(short_x[i]) | is_nan(short_y[i]) | is_nan(long_x[i]) | is_nan(long_y[i]) | is_nan(mask_short[i]) |
+              is_nan(mask_long[i]);
+      found |= at[i];
+    }
+    any = found != 0;
+  }
+
+  template <class R>
+  void clear(R* values, int count) const {
+    for (int i = 0; i < count; ++i) values[i] = at[i] ? R(0) : values[i];
+  }
+
+  // The values, copied into `buffer` if any of them is lost.
+  template <class R>
+  const R* cleared(const R* values, R* buffer, int count) const {
+    if (!any) return values;
+    for (int i = 0; i < count; ++i) buffer[i] = at[i] ? R(0) : values[i];
+    return buffer;
+  }
+
+  template <class R>
+  void clear(Samples<R>& samples, int count) const {
+    if (!any) return;
+    clear(samples.value, count);
+    clear(samples.x, count);
+    clear(samples.y, count);
+  }
+};
+
 template <class R, class Base>
 void fuse_value_gradients(int count, Base base, const R* __restrict mask_short, const R* __restrict mask_long,
                           const R* __restrict grad, const R* __restrict v_reference,
@@ -116,16 +159,23 @@ void fuse_gradient_runs(const FuseBackwardArguments& a, int64_t begin, int64_t e
   Aligned<R, Offset> aligned;
   WeightGradients<R> w;
   Samples<R> of_short, of_long;
+  Lost lost;
   R reference[kChunk], incoming[kChunk], grad_reference[kChunk], z[kChunk];
   each_run(a.short_, begin, end, [&](const Run& run) {
     align(a, grid_short, grid_long, run, aligned);
+    lost.find<R>(a, run);
+    aligned.mask_short = lost.cleared(aligned.mask_short, aligned.buffer_short, run.count);
+    aligned.mask_long = lost.cleared(aligned.mask_long, aligned.buffer_long, run.count);
     GeometryGradients<R> sums{};
     for (int64_t c = 0; c < a.short_.size[1]; ++c) {
       sample_with_slopes(a.short_, run.n, c, grid_short, aligned.cells_short, run.count, of_short.value, of_short.x,
                          of_short.y);
       sample_with_slopes(a.long_, run.n, c, grid_long, aligned.cells_long, run.count, of_long.value, of_long.x,
                          of_long.y);
-      const R *v_reference = read_run(a.reference, run, c, reference), *grad = read_run(a.grad_out, run, c, incoming);
+      lost.clear(of_short, run.count);
+      lost.clear(of_long, run.count);
+      const R* v_reference = read_run(a.reference, run, c, reference);
+      const R* grad = lost.cleared(read_run(a.grad_out, run, c, incoming), incoming, run.count);
       with_base<R>(a, run, c, [&](auto base) {
         fuse_value_gradients(run.count, base, aligned.mask_short, aligned.mask_long, grad, v_reference, of_short,
                              of_long, w, sums, grad_reference);
@@ -159,6 +209,8 @@ void sample_gradients(const FuseBackwardArguments& a, const Run& run, R* samples
   R buffer_short[kChunk], buffer_long[kChunk], buffer[kChunk];
   const R* mask_short = read_mask(a.mask_short, run, a.mask_logits, buffer_short);
   const R* mask_long = read_mask(a.mask_long, run, a.mask_logits, buffer_long);
+  Lost lost;
+  lost.find<R>(a, run);
   for (int64_t c = 0; c < a.short_.size[1]; ++c, samples += kChunk) {
     const R* grad = read_run(a.grad_out, run, c, buffer);
     with_base<R>(a, run, c, [&](auto base) {
@@ -167,6 +219,7 @@ void sample_gradients(const FuseBackwardArguments& a, const Run& run, R* samples
         samples[i] = grad[i] * inverse_sum(w) * (a.of_short ? w.short_ : w.long_);
       }
     });
+    if (lost.any) lost.clear(samples, run.count);
   }
 }
 

@@ -247,25 +247,23 @@ void sample_with_slopes(const View& image, int64_t n, int64_t c, const Grid<Offs
                 [&](auto* plane) { sample_elements_with_slopes(plane, grid, cells, count, out, slope_x, slope_y); });
 }
 
-// Stores the gradients of a run's flow in one direction, zero where it points out of the picture. They are selected,
-// not multiplied by zero: they may be NaN.
-template <class R>
-void store_flow_gradient(const View& flow, const View& gradient, const Run& run, int64_t c, R start, R step,
-                         int32_t size, R* sums) {
-  R buffer[kChunk];
-  const R* values = read_run(flow, run, c, buffer);
-  for (int i = 0; i < run.count; ++i)
-    sums[i] = sample_axis(start + static_cast<R>(i) * step + values[i], size).inside != 0 ? sums[i] : R(0);
-  store_run(sums, gradient, run, c);
-}
-
+// Stores the gradients of a run's flow: zero where it points out of the picture and where it is NaN, which the result
+// then is whatever the rest. They are selected, not multiplied by zero: they may be NaN.
 template <class R>
 void store_flow_gradient(const View& image, const View& flow, const View& gradient, const Run& run, R* sum_x,
                          R* sum_y) {
   if (gradient.data == nullptr) return;
   const auto height = static_cast<int32_t>(image.size[2]), width = static_cast<int32_t>(image.size[3]);
-  store_flow_gradient(flow, gradient, run, 0, static_cast<R>(run.x), R(1), width, sum_x);
-  store_flow_gradient(flow, gradient, run, 1, static_cast<R>(run.y), R(0), height, sum_y);
+  R buffer_x[kChunk], buffer_y[kChunk];
+  const R *flow_x = read_run(flow, run, 0, buffer_x), *flow_y = read_run(flow, run, 1, buffer_y);
+  for (int i = 0; i < run.count; ++i) {
+    const auto x = sample_axis(static_cast<R>(run.x) + static_cast<R>(i) + flow_x[i], width);
+    const auto y = sample_axis(static_cast<R>(run.y) + flow_y[i], height);
+    sum_x[i] = x.inside != 0 && !is_nan(flow_y[i]) ? sum_x[i] : R(0);
+    sum_y[i] = y.inside != 0 && !is_nan(flow_x[i]) ? sum_y[i] : R(0);
+  }
+  store_run(sum_x, gradient, run, 0);
+  store_run(sum_y, gradient, run, 1);
 }
 
 bool needs_64bit_offsets(const View& image) {

@@ -82,7 +82,8 @@ struct Band {
   }
 };
 
-// Adds what a run gives to a band. `values` holds the gradients of the samples, kChunk apart for each channel.
+// Adds what a run gives to a band: nothing where its flow is NaN. `values` holds the gradients of the samples, kChunk
+// apart for each channel.
 template <class R>
 void add_run(Band<R>& band, const View& flow, const Run& run, const R* values) {
   const int64_t channels = band.gradient.size[1];
@@ -93,6 +94,7 @@ void add_run(Band<R>& band, const View& flow, const Run& run, const R* values) {
   for (int i = 0; i < run.count; ++i) {
     const auto sample_x = sample_axis(static_cast<R>(run.x + i) + flow_x[i], width);
     const auto sample_y = sample_axis(static_cast<R>(run.y) + flow_y[i], height);
+    if (is_nan(flow_x[i]) || is_nan(flow_y[i])) continue;
     for (int32_t lower = 0; lower < 2; ++lower) {
       const int32_t y = sample_y.index + lower * axis_step(height);
       if (y < band.first || y >= band.last) continue;

@@ -110,15 +110,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Cell<R, Index> sum_cell = locate(b.grad_image, pixel, Index(0), flow_x, flow_y, a.height, a.width);
   const CellSteps<Index> sum_steps = cell_steps(b.grad_image, a.height, a.width);
   Scatter<R, kDeterministic> scatter(b.scatter, b.measuring);
+  // Where the flow is NaN, so is the result whatever the image, and passes no gradient on.
+  const bool counts = active && !is_nan(flow_x) && !is_nan(flow_y);
   const Handover handover =
-      kLanes == 1 && b.need_image ? plan_handover(active, sum_cell.offset, sum_steps.x) : Handover{};
+      kLanes == 1 && b.need_image ? plan_handover(counts, sum_cell.offset, sum_steps.x) : Handover{};
 
   const int32_t share = kLanes == 1 ? blockDim.y : kLanes;
   const T* grad = b.grad_out.data + b.grad_out.at(pixel.n, pixel.y, pixel.x);
   R sum_x = 0, sum_y = 0;
   for (int32_t first = 0; first < a.channels; first += share) {  // the same number of rounds for all lanes of a warp
     const int32_t c = first + (kLanes == 1 ? threadIdx.y : threadIdx.x % kLanes);
-    const bool busy = active && c < a.channels;
+    const bool busy = counts && c < a.channels;
     const R g = busy ? to_real(read_only(grad + c * b.grad_out.c)) : R(0);
     if (b.need_flow && busy) {
       const Corners<R> v = corners(a.image.data + c * a.image.c, cell.offset, steps);

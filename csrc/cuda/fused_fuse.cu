@@ -75,25 +75,32 @@ struct Exposure {
   CellSteps<Index> steps, sum_steps;
   Handover handover;
   bool inside_x, inside_y;
+  bool known;  // neither flow nor mask is NaN
   R mask, sum_mask = 0, sum_x = 0, sum_y = 0;
 
   template <class T>
-  __device__ __forceinline__ Exposure(const FuseInputs<T, Index>& a, const PixelRun<Index>& pixel, bool active,
+  __device__ __forceinline__ Exposure(const FuseInputs<T, Index>& a, const PixelRun<Index>& pixel,
                                       const View<T, Index>& image, const View<T, Index>& sums,
-                                      const GeometryView<Index>& flow, const GeometryView<Index>& mask_view,
-                                      bool scatters) {
+                                      const GeometryView<Index>& flow, const GeometryView<Index>& mask_view) {
     const int32_t height = a.images.height, width = a.images.width;
     R flow_x, flow_y;
     const Index flow_offset = flow.at(pixel.n, pixel.y, pixel.x);
     load_geometry<T, 1>(flow, flow_offset, &flow_x);
     load_geometry<T, 1>(flow, flow_offset + flow.c, &flow_y);
     load_geometry<T, 1>(mask_view, mask_view.at(pixel.n, pixel.y, pixel.x), &mask);
+    known = !is_nan(flow_x) && !is_nan(flow_y) && !is_nan(mask);
     if (a.mask_logits) mask = sigmoid(mask);
     cell = locate(image, pixel, Index(0), flow_x, flow_y, height, width, &inside_x, &inside_y);
     steps = cell_steps(image, height, width);
     sum_cell = locate(sums, pixel, Index(0), flow_x, flow_y, height, width);
     sum_steps = cell_steps(sums, height, width);
-    handover = scatters ? plan_handover(active, sum_cell.offset, sum_steps.x) : Handover{};
+  }
+
+  // Where `counts` is false, the gradients of this pixel become zero with the incoming one. All threads of a warp call
+  // this together.
+  __device__ __forceinline__ void begin(bool counts, bool scatters) {
+    if (!counts) cell.fraction_x = cell.fraction_y = mask = 0;
+    handover = scatters ? plan_handover(counts, sum_cell.offset, sum_steps.x) : Handover{};
   }
 
   __device__ __forceinline__ void add_flow(const Corners<R>& v, R grad) {
@@ -127,21 +134,23 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
   const Index item = thread_item<Index>();
   const bool active = item < images.items;
   const PixelRun<Index> pixel = pixel_run<1>(active ? item : Index(0), images.height, images.width);
-  Exposure<R, Index> exposure_short(a, pixel, active, images.short_, b.grad_short, a.flow_short, a.mask_short,
-                                    b.need(FuseInput::kShort));
-  Exposure<R, Index> exposure_long(a, pixel, active, images.long_, b.grad_long, a.flow_long, a.mask_long,
-                                   b.need(FuseInput::kLong));
+  Exposure<R, Index> exposure_short(a, pixel, images.short_, b.grad_short, a.flow_short, a.mask_short);
+  Exposure<R, Index> exposure_long(a, pixel, images.long_, b.grad_long, a.flow_long, a.mask_long);
+  // Where a flow or a mask is NaN, the result is NaN whatever the inputs, and passes no gradient on.
+  const bool counts = active && exposure_short.known && exposure_long.known;
+  exposure_short.begin(counts, b.need(FuseInput::kShort));
+  exposure_long.begin(counts, b.need(FuseInput::kLong));
   Scatter<R, kDeterministic> scatter_short(b.scatter_short, b.measuring && b.need(FuseInput::kShort));
   Scatter<R, kDeterministic> scatter_long(b.scatter_long, b.measuring && b.need(FuseInput::kLong));
 
   const bool need_base = b.need(FuseInput::kReferenceLdr) || b.need(FuseInput::kWeightShort) ||
                          b.need(FuseInput::kWeightReference) || b.need(FuseInput::kWeightLong);
   const bool read_short =
-      active && !b.measuring && (need_base || b.need(FuseInput::kFlowShort) || b.need(FuseInput::kMaskShort));
+      counts && !b.measuring && (need_base || b.need(FuseInput::kFlowShort) || b.need(FuseInput::kMaskShort));
   const bool read_long =
-      active && !b.measuring && (need_base || b.need(FuseInput::kFlowLong) || b.need(FuseInput::kMaskLong));
+      counts && !b.measuring && (need_base || b.need(FuseInput::kFlowLong) || b.need(FuseInput::kMaskLong));
   const bool read_reference =
-      active && !b.measuring && (need_base || b.need(FuseInput::kMaskShort) || b.need(FuseInput::kMaskLong));
+      counts && !b.measuring && (need_base || b.need(FuseInput::kMaskShort) || b.need(FuseInput::kMaskLong));
   const auto here = [&](const View<T, Index>& view, int32_t c) {
     return view.data + view.at(pixel.n, pixel.y, pixel.x) + c * view.c;
   };
@@ -150,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
     load_base_weights<1>(images, pixel, c, &base);
     const Weights<R> w = reweight(base, exposure_short.mask, exposure_long.mask);
     // Of the weighted sum of values, which the mean divides by the sum of weights.
-    const R grad = active ? to_real(read_only(here(b.grad_out, c))) * inverse_sum(w) : R(0);
+    const R grad = counts ? to_real(read_only(here(b.grad_out, c))) * inverse_sum(w) : R(0);
     Corners<R> corners_short{}, corners_long{};
     if (read_short)
       corners_short =
@@ -166,11 +175,11 @@ __global__ void __launch_bounds__(kThreads) fuse_backward(const __grid_constant_
     exposure_short.sum_mask += grad * base.short_ * (v_short - v_reference);
     exposure_long.sum_mask += grad * base.long_ * (v_long - v_reference);
     if (b.need(FuseInput::kShort))
-      scatter_cell(scatter_short, active, exposure_short.handover, exposure_short.sum_cell.offset + c * b.grad_short.c,
+      scatter_cell(scatter_short, counts, exposure_short.handover, exposure_short.sum_cell.offset + c * b.grad_short.c,
                    exposure_short.sum_steps, exposure_short.cell.fraction_x, exposure_short.cell.fraction_y,
                    grad * w.short_);
     if (b.need(FuseInput::kLong))
-      scatter_cell(scatter_long, active, exposure_long.handover, exposure_long.sum_cell.offset + c * b.grad_long.c,
+      scatter_cell(scatter_long, counts, exposure_long.handover, exposure_long.sum_cell.offset + c * b.grad_long.c,
                    exposure_long.sum_steps, exposure_long.cell.fraction_x, exposure_long.cell.fraction_y,
                    grad * w.long_);
     if (!active || b.measuring) continue;

@@ -5,12 +5,17 @@
 
 namespace safnet {
 
+template <class Real>
+SAFNET_INLINE bool is_nan(Real value) {
+  return value != value;
+}
+
 // Where one axis is sampled: between `index` and `index + step`, at `fraction` of the way.
 template <class Real>
 struct AxisSample {
   int32_t index;
   Real fraction;  // NaN for a NaN position, so that the sample becomes NaN
-  Real inside;    // 1, or 0 beyond the border and on it: there the derivative with respect to the position is zero
+  Real inside;    // 1, or 0 beyond the border, on it, and for NaN: there the derivative by the position is zero
 };
 
 // Distance between the two samples of an axis: zero only where there is a single pixel.
@@ -22,7 +27,7 @@ SAFNET_INLINE int32_t axis_step(int32_t size) { return size > 1 ? 1 : 0; }
 template <class Real>
 SAFNET_INLINE AxisSample<Real> sample_axis(Real position, int32_t size) {
   const Real last = static_cast<Real>(size - 1);
-  const Real inside = position <= 0 ? Real(0) : position >= last ? Real(0) : Real(1);
+  const Real inside = position > 0 ? position < last ? Real(1) : Real(0) : Real(0);
   position = position < 0 ? Real(0) : position;
   position = position > last ? last : position;
   int32_t index = static_cast<int32_t>(position >= 0 ? position : Real(0));

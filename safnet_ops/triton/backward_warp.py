@@ -99,8 +99,9 @@ def _backward(
     BLOCK: tl.constexpr = TILE // BLOCK_C if CHANNELS_LAST else TILE
     n, y, x, valid_pixel = pixel_block(tl.program_id(0), height, width, BLOCK, WIDE)
     point, inside = sampling_point(flow, strides.flow, n, y, x, valid_pixel, height, width, CHANNELS_LAST, ACC)
+    inside_x, inside_y, known = inside
     source = grad_out + over_channels(offset(n, 0, y, x, strides.grad_out), CHANNELS_LAST)
-    valid = over_channels(valid_pixel, CHANNELS_LAST)
+    valid, known = over_channels(valid_pixel, CHANNELS_LAST), over_channels(known, CHANNELS_LAST)
     quanta = tl.load(scale) if DETERMINISTIC else 0.0
     slope_x = tl.zeros([BLOCK], ACC)
     slope_y = tl.zeros([BLOCK], ACC)
@@ -116,11 +117,9 @@ def _backward(
             slope_x += sum_channels(tl.where(mask, g * across, 0.0), CHANNELS_LAST)
             slope_y += sum_channels(tl.where(mask, g * down, 0.0), CHANNELS_LAST)
         if NEED_IMAGE:
-            scatter_corners(
-                grad_image, grad_image_exact, strides.grad_image, n, c, point, g, quanta, mask, DETERMINISTIC
-            )
+            at = strides.grad_image
+            scatter_corners(grad_image, grad_image_exact, at, n, c, point, g, quanta, mask & known, DETERMINISTIC)
     if NEED_FLOW:
-        inside_x, inside_y = inside
         at = grad_flow + offset(n, 0, y, x, strides.grad_flow)
         kind: tl.constexpr = grad_flow.dtype.element_ty
         tl.store(at, tl.where(inside_x, slope_x, 0.0).to(kind), mask=valid_pixel)

@@ -25,7 +25,7 @@ from safnet_ops.triton.launching import (
     needs_wide,
     size_class,
 )
-from safnet_ops.triton.sampling import sample, sample_with_slopes, sampling_point, scatter_corners
+from safnet_ops.triton.sampling import point_where, sample, sample_with_slopes, sampling_point, scatter_corners
 from safnet_ops.triton.tiles import load_tile, over_channels, over_pixels, pixel_block, store_tile, sum_channels
 
 # One pixel a thread, with its gathers from all (up to four) channels in flight at once. A channels_last picture is read
@@ -51,7 +51,7 @@ def _load_mask(mask, strides, n, y, x, valid, LOGITS: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def _store_flow_gradient(grad_flow, strides, n, y, x, slope_x, slope_y, inside, valid):
-    inside_x, inside_y = inside
+    inside_x, inside_y, _ = inside
     store_tile(grad_flow, strides, n, 0, y, x, tl.where(inside_x, slope_x, 0.0), valid)
     store_tile(grad_flow, strides, n, 1, y, x, tl.where(inside_y, slope_y, 0.0), valid)
 
@@ -161,41 +161,49 @@ def _backward(
     )
     pixel_mask_short = _load_mask(mask_short, strides.mask_short, n, row, column, valid, LOGITS, ACC)
     pixel_mask_long = _load_mask(mask_long, strides.mask_long, n, row, column, valid, LOGITS, ACC)
+    # Where a flow or a mask is NaN, the result is NaN whatever the inputs, and passes no gradient on: all is read as zero.
+    _, _, known_short = inside_short
+    _, _, known_long = inside_long
+    counts = valid & known_short & known_long
+    counts &= (pixel_mask_short == pixel_mask_short) & (pixel_mask_long == pixel_mask_long)
+    pixel_mask_short, pixel_mask_long = tl.where(counts, pixel_mask_short, 0.0), tl.where(counts, pixel_mask_long, 0.0)
     m_short, m_long = over_channels(pixel_mask_short, False), over_channels(pixel_mask_long, False)
+    valid_tile, counts = over_channels(valid, False), over_channels(counts, False)
+    to_short, to_long = point_where(counts, to_short), point_where(counts, to_long)
     y, x = over_channels(row, False), over_channels(column, False)
     x_short, y_short = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     x_long, y_long = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     by_mask_short, by_mask_long = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for first in range(0, channels):
         c = over_pixels(first + tl.arange(0, 1), False).to(n.dtype)  # one at a time: four take 255 registers and spill
-        mask = over_channels(valid, False) & (c < channels)
-        v_short, across_short, down_short = sample_with_slopes(short, strides.short, n, c, to_short, mask, 1, ACC)
-        v_long, across_long, down_long = sample_with_slopes(long, strides.long, n, c, to_long, mask, 1, ACC)
-        v_reference = load_tile(reference, strides.reference, n, c, y, x, mask, ACC)
+        mask, read = valid_tile & (c < channels), counts & (c < channels)
+        v_short, across_short, down_short = sample_with_slopes(short, strides.short, n, c, to_short, read, 1, ACC)
+        v_long, across_long, down_long = sample_with_slopes(long, strides.long, n, c, to_long, read, 1, ACC)
+        v_reference = load_tile(reference, strides.reference, n, c, y, x, read, ACC)
         if reference_ldr is None:
-            base_short = load_tile(weight_short, strides.weight_short, n, c, y, x, mask, ACC)
-            base_reference = load_tile(weight_reference, strides.weight_reference, n, c, y, x, mask, ACC)
-            base_long = load_tile(weight_long, strides.weight_long, n, c, y, x, mask, ACC)
+            base_short = load_tile(weight_short, strides.weight_short, n, c, y, x, read, ACC)
+            base_reference = load_tile(weight_reference, strides.weight_reference, n, c, y, x, read, ACC)
+            base_long = load_tile(weight_long, strides.weight_long, n, c, y, x, read, ACC)
         else:
-            z = load_tile(reference_ldr, strides.reference_ldr, n, c, y, x, mask, ACC)
+            z = load_tile(reference_ldr, strides.reference_ldr, n, c, y, x, read, ACC)
             base_short, base_reference, base_long = triangle_weights(z)
         of_short, of_reference, of_long, total = reweigh(base_short, base_reference, base_long, m_short, m_long)
         fused = (of_short * v_short + of_reference * v_reference + of_long * v_long) / total
-        share = load_tile(grad_out, strides.grad_out, n, c, y, x, mask, ACC) / total
+        share = load_tile(grad_out, strides.grad_out, n, c, y, x, read, ACC) / total
         # d fused / d weight = (picture - fused) / total, since the weights stand above and below the fraction's line.
         by_short, by_long = share * (v_short - fused), share * (v_long - fused)
         by_reference = share * (v_reference - fused)
         warped_short, warped_long = share * of_short, share * of_long  # gradients of the warped images
         if NEEDS & SHORT:
             if SCATTER:
-                scatter_corners(grad_short, None, strides.grad_short, n, c, to_short, warped_short, 0.0, mask, False)
+                scatter_corners(grad_short, None, strides.grad_short, n, c, to_short, warped_short, 0.0, read, False)
             else:
                 store_tile(grad_short, strides.grad_short, n, c, y, x, warped_short, mask)
         if NEEDS & REFERENCE:
             store_tile(grad_reference, strides.grad_reference, n, c, y, x, share * of_reference, mask)
         if NEEDS & LONG:
             if SCATTER:
-                scatter_corners(grad_long, None, strides.grad_long, n, c, to_long, warped_long, 0.0, mask, False)
+                scatter_corners(grad_long, None, strides.grad_long, n, c, to_long, warped_long, 0.0, read, False)
             else:
                 store_tile(grad_long, strides.grad_long, n, c, y, x, warped_long, mask)
         if NEEDS & FLOW_SHORT:

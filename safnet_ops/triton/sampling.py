@@ -14,7 +14,7 @@ from safnet_ops.triton.tiles import offset, over_channels, stride, vectors
 def clamp_coordinate(position, move, size, ACC: tl.constexpr):
     """(lower neighbour, upper neighbour, fraction, inside) of position + move, clamped to [0, size - 1].
 
-    NaN moves give NaN fractions, and neighbours that can be read. `inside`: the result depends on the move (or is NaN).
+    NaN moves give NaN fractions, and neighbours that can be read. `inside`: the result depends on the move.
     """
     moved = position.to(ACC) + move
     is_nan = moved != moved
@@ -23,7 +23,7 @@ def clamp_coordinate(position, move, size, ACC: tl.constexpr):
     lower = tl.minimum(clamped.to(tl.int32), last)  # above 2^24 `last` itself may have been rounded up
     # Not `clamped - lower.to(ACC)`, the same to the bit: Triton 3.6 fails to compile that conversion for float64.
     fraction = tl.where(is_nan, moved, clamped - tl.floor(clamped))
-    inside = is_nan | ((moved > 0.0) & (moved < last.to(ACC)))
+    inside = (moved > 0.0) & (moved < last.to(ACC))
     return lower.to(position.dtype), tl.minimum(lower + 1, last).to(position.dtype), fraction, inside
 
 
@@ -44,13 +44,24 @@ def sampling_point(flow, strides, n, y, x, valid, height, width, CHANNELS_LAST: 
 
 @triton.jit
 def move_pixel(move_x, move_y, y, x, height, width, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr):
-    """Where moves lead: the sampling point; and, for each pixel, whether x and y are inside."""
+    """Where moves lead: the sampling point; and, for each pixel, whether x and y are inside, and neither is NaN.
+
+    Where one is NaN, the sample is, and depends on the other no more.
+    """
     left, right, fraction_x, inside_x = clamp_coordinate(x, move_x, width, ACC)
     top, bottom, fraction_y, inside_y = clamp_coordinate(y, move_y, height, ACC)
     top, bottom = over_channels(top, CHANNELS_LAST), over_channels(bottom, CHANNELS_LAST)
     left, right = over_channels(left, CHANNELS_LAST), over_channels(right, CHANNELS_LAST)
     fraction_x, fraction_y = over_channels(fraction_x, CHANNELS_LAST), over_channels(fraction_y, CHANNELS_LAST)
-    return (top, bottom, left, right, fraction_x, fraction_y), (inside_x, inside_y)
+    known = (move_x == move_x) & (move_y == move_y)
+    return (top, bottom, left, right, fraction_x, fraction_y), (inside_x & known, inside_y & known, known)
+
+
+@triton.jit
+def point_where(condition, point):
+    """The sampling point, on a pixel itself where the condition is not met."""
+    top, bottom, left, right, fraction_x, fraction_y = point
+    return top, bottom, left, right, tl.where(condition, fraction_x, 0.0), tl.where(condition, fraction_y, 0.0)
 
 
 @triton.jit

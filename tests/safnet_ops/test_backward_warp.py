@@ -111,9 +111,7 @@ def test_any_flow(data):
     drawn = torch.tensor(data.draw(st.lists(values, min_size=1, max_size=20)))
     flow = drawn.repeat(n * 2 * h * w // len(drawn) + 1)[: n * 2 * h * w].view(n, 2, h, w)
     image = torch.randn(n, c, h, w)
-    # A NaN flow spreads NaN to the gradients of pixels around; which ones is not part of the contract.
-    needed = (not flow.isnan().any().item(), True)
-    check_operator(safnet_ops.backward_warp, reference.backward_warp, (image, flow), needed, terms=1)
+    check_operator(safnet_ops.backward_warp, reference.backward_warp, (image, flow), (True, True), terms=1)
 
 
 @pytest.mark.parametrize("channels_inside", [False, True])

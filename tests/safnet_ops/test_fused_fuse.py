@@ -137,10 +137,8 @@ def test_any_shape_and_flow(n, size, channels, flow, explicit, logits):
     inputs = make(size, n=n, channels=channels, explicit=explicit)
     inputs[3][:, :, ::2] = flow
     operator, expected = (caller(f, mask_logits=logits) for f in (safnet_ops.fused_fuse, reference.fused_fuse))
-    # Beside NaN flows the gradient of an image is NaN as a whole row of sums; values are compared.
-    needed = [flow == flow] * len(inputs)
     # Where a pixel is sampled is rounded at the size of its index, up to 70, and these pictures jump from pixel to pixel.
-    check_operator(operator, expected, inputs, needed, slack=10, terms=1)
+    check_operator(operator, expected, inputs, [True] * len(inputs), slack=10, terms=1)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
