@@ -21,14 +21,19 @@ DARKEST, BRIGHTEST = 0.03, 0.96  # LDR values between which a frame is neither n
 SMALLEST_PART = 0.01  # of the values, which must be well exposed in both frames
 MOST_PIXELS = 2**20  # at which frames are aligned and compared
 LARGEST_SPREAD = 0.3  # stops over which the more alike half may spread; beyond, motion or noise hides the exposure
+LARGEST_SURPRISE = 0.5  # stops between given and measured exposure; beyond, only overwhelming evidence counts:
+SURE_SPREAD, SURE_PART = 0.1, 0.1  # a spread no larger, among so large a part of the values
 LEVELS = 48  # of brightness at which frames are compared; equal steps of the LDR value's root, as the eye's are
 FEWEST_LEVELS = 24
 FEWEST_AT_LEVEL = 30  # values
+NOISY_LEVEL = 1.0  # stops between the quartiles at a level, beyond which its median is one of noise or of other things
 COMMON_LEVEL = 0.02  # part of the values from which a level counts fully
 KNOTS = 24  # of a curve, in equal steps of the root
 SMOOTHNESS, RIDGE = 2.0, 0.01  # weights of second differences and of the deviation from gamma 2.2 itself
 SMALLEST_BEND = 0.15  # stops, root mean square, by which levels must differ from each other before a curve is blamed
 LARGEST_REST = 0.5  # part of that which a curve may leave
+
+QUARTILES = torch.tensor([0.25, 0.75])
 
 Align = Callable[[Sequence[Tensor], Sequence[float]], Sequence[Tensor]]
 
@@ -40,10 +45,12 @@ class Calibration(NamedTuple):
         evs: in stops, ascending.
         curve: stops by which the camera's pictures are darker than gamma 2.2 tells, at KNOTS equal steps of the LDR value's
             root from 0 to 1; None where they fit gamma 2.2.
+        measured: EVs of the outer frames as the frames show them, whether they were taken or not; None where they do not.
     """
 
     evs: tuple[float, ...]
     curve: Tensor | None = None
+    measured: tuple[float | None, float | None] = (None, None)
 
     def straighten(self, frame: Tensor) -> Tensor:
         """LDR values of a frame in [0, 1] -> those that a curve of gamma 2.2 gives, of the same shape."""
@@ -70,25 +77,63 @@ def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> C
     frames = [_shrink(frame) for frame in frames]
     flows = align(frames, evs)
     found = Calibration(tuple(evs), measure_curve(frames, flows, evs))
-    return found._replace(evs=measure_evs([found.straighten(frame) for frame in frames], flows, evs))
+    exposures = measure_exposures([found.straighten(frame) for frame in frames], flows)
+    measured = tuple(None if exposure is None else evs[1] + exposure.stops for exposure in exposures)
+    return found._replace(evs=believed_evs(exposures, evs), measured=(measured[0], measured[1]))
 
 
-def measure_evs(frames: Sequence[Tensor], flows: Sequence[Tensor], evs: Sequence[float]) -> tuple[float, ...]:
-    """EVs with which the outer frames, aligned to the reference, are as bright as it is.
+class Exposure(NamedTuple):
+    """How much more a frame is exposed than the reference.
+
+    Attributes:
+        stops: of all colours together.
+        of_colours: of red, green and blue alone; NaN where a colour does not show it.
+        spread: stops over which the more alike half of the values lies.
+        part: of the values, which is well exposed in both frames.
+    """
+
+    stops: float
+    of_colours: tuple[float, ...]
+    spread: float
+    part: float
+
+    @property
+    def is_sure(self) -> bool:
+        return self.spread <= SURE_SPREAD and self.part >= SURE_PART
+
+
+def measure_exposures(frames: Sequence[Tensor], flows: Sequence[Tensor]) -> tuple[Exposure | None, Exposure | None]:
+    """Exposures of short and long against the reference, with which they are as bright as it is; None where unclear:
+    where too few pixels are well exposed in both frames, or these contradict each other.
 
     The measured ratio of two frames is the shorth of the ratios of their values, the middle of the shortest interval that
     holds half of them (Andrews et al. 1972): what moved elsewhere than the flow says does not pull it.
 
     Args:
-        frames, flows, evs: as of `calibrate`.
-
-    Returns:
-        `evs` with those of short and long as measured. One stays as given where too few pixels are well exposed in both
-        frames or these contradict each other; both do where the measured ones would not ascend.
+        frames, flows: as of `calibrate`.
     """
-    short, long = _aligned(frames, flows)
-    matched = evs[1] + _stops(*short, evs[0] - evs[1]), evs[1], evs[1] + _stops(*long, evs[2] - evs[1])
-    return matched if all(low < high for low, high in pairwise(matched)) else tuple(evs)
+    short, long = (_exposure(*pair) for pair in _aligned(frames, flows))
+    return short, long
+
+
+def measure_evs(frames: Sequence[Tensor], flows: Sequence[Tensor], evs: Sequence[float]) -> tuple[float, ...]:
+    """`evs` with those of short and long as the frames show them: `believed_evs` of `measure_exposures`."""
+    return believed_evs(measure_exposures(frames, flows), evs)
+
+
+def believed_evs(exposures: Sequence[Exposure | None], evs: Sequence[float]) -> tuple[float, ...]:
+    """`evs` with those of short and long as measured.
+
+    One stays as given where nothing was measured, or something far from it that is not sure; both do where the measured
+    ones would not ascend.
+    """
+    matched = list(evs)
+    for frame, exposure in zip((0, 2), exposures, strict=True):
+        if exposure is not None:
+            ev = evs[1] + exposure.stops
+            if abs(ev - evs[frame]) <= LARGEST_SURPRISE or exposure.is_sure:
+                matched[frame] = ev
+    return tuple(matched) if all(low < high for low, high in pairwise(matched)) else tuple(evs)
 
 
 def measure_curve(frames: Sequence[Tensor], flows: Sequence[Tensor], evs: Sequence[float]) -> Tensor | None:
@@ -146,28 +191,50 @@ def _shrink(frame: Tensor) -> Tensor:
 
 
 def _aligned(frames: Sequence[Tensor], flows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """LDR values (n) of the aligned short and long frame, each with the reference's at the same pixels; 0 for NaN."""
+    """LDR values (3, n) of the aligned short and long frame, each with the reference's at the same pixels.
+
+    Pixels without a flow (NaN) are left out; NaN in frames counts as 0.
+    """
     short, reference, long = (
         F.interpolate(frame.to(flows[0]), flows[0].shape[2:], mode="bilinear", align_corners=False) for frame in frames
     )
-    reference = reference.flatten().nan_to_num()
-    outer = zip((short, long), flows, strict=True)
-    return [(safnet_ops.backward_warp(frame, flow).flatten().nan_to_num(), reference) for frame, flow in outer]
+    pairs = []
+    for frame, flow in zip((short, long), flows, strict=True):
+        aligned, seen = safnet_ops.backward_warp(frame, flow)[0], ~flow[0].isnan().any(0)
+        pairs.append((aligned[:, seen].nan_to_num(), reference[0][:, seen].nan_to_num()))
+    return pairs
 
 
-def _stops(aligned: Tensor, reference: Tensor, given: float) -> float:
-    """Stops by which the frame is exposed more than the reference; the given ones where that cannot be seen."""
+def _exposure(aligned: Tensor, reference: Tensor) -> Exposure | None:
+    """How much more the frame (3, n) is exposed than the reference; None where that cannot be seen."""
     exposed = (torch.minimum(aligned, reference) > DARKEST) & (torch.maximum(aligned, reference) < BRIGHTEST)
-    if exposed.sum() < max(2, SMALLEST_PART * len(exposed)):
-        return given
-    stops = GAMMA * (aligned[exposed] / reference[exposed]).log2().sort().values
-    half = len(stops) // 2
-    spread, first = (stops[half:] - stops[: len(stops) - half]).min(0)
-    return stops[first + half // 2].item() if spread <= LARGEST_SPREAD else given
+    stops = GAMMA * (aligned / reference).log2()
+    fewest = max(2, SMALLEST_PART * exposed.numel())
+    found = _shorth(stops[exposed], fewest)
+    if found is None:
+        return None
+    colours = [_shorth(colour[seen], fewest / 3) for colour, seen in zip(stops, exposed, strict=True)]
+    return Exposure(
+        found[0],
+        tuple(math.nan if colour is None else colour[0] for colour in colours),
+        found[1],
+        float(exposed.float().mean()),
+    )
+
+
+def _shorth(values: Tensor, fewest: float) -> tuple[float, float] | None:
+    """The middle of the shortest interval that holds half of the values, and its length; None of too few or too wide."""
+    if len(values) < max(2, fewest):
+        return None
+    values = values.sort().values
+    half = len(values) // 2
+    spread, first = (values[half:] - values[: len(values) - half]).min(0)
+    return (values[first + half // 2].item(), spread.item()) if spread <= LARGEST_SPREAD else None
 
 
 def _levels(first: Tensor, second: Tensor, stops: float) -> Tensor:
     """By levels of `second` (n, 4): medians of both, the error in stops if gamma is 2.2, and a weight."""
+    first, second = first.flatten(), second.flatten()
     order = second.argsort()
     first, second = first[order], second[order]
     counts = (second.clamp(0, 1).sqrt() * LEVELS).long().bincount(minlength=LEVELS).tolist()
@@ -177,6 +244,9 @@ def _levels(first: Tensor, second: Tensor, stops: float) -> Tensor:
             continue
         # Medians of all values, dark and clipped ones too, are those of the well exposed ones if they are well exposed.
         one, other = ones.median().item(), others.median().item()
+        low, high = ones.clamp(min=1e-4).quantile(QUARTILES).tolist()
+        if GAMMA * math.log2(high / low) > NOISY_LEVEL:
+            continue
         if min(one, other) > DARKEST and max(one, other) < BRIGHTEST:
             weight = min(1.0, len(ones) / len(first) / COMMON_LEVEL) ** 0.5
             levels.append((one, other, stops - GAMMA * math.log2(one / other), weight))

@@ -1,23 +1,27 @@
 """Fusing frames of any size in bounded memory.
 
-Flow and mask are estimated once, on the whole frame at half size, and everything is warped on the whole frame, so
-motion may reach across tiles. Only the refine module's convolutions run in tiles, each read with a margin as wide as
-they see, so that no seam can arise.
+Flows and masks are found once, on the whole frame reduced. Everything at full size is done tile by tile, from the frames as
+their files hold them to the result: straighten, linearise, warp, fuse and refine. A tile is computed with a margin as wide as
+the refine module sees, so that no seam can arise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import safnet_ops
+from safnet.advice import advise
+from safnet.align import Aligned, Bracket, align, full_size, reduce_frames
 from safnet.calibrate import Calibration, calibrate, check_bracket
-from safnet.model import Fusion, SAFNet
-from safnet.radiance import exposure_input, exposure_ratios
+from safnet.merge import measure_noise, trust_in_refining, weigh_by_noise
+from safnet.model import Alignment, Fusion, SAFNet
+from safnet.radiance import INTEGER_SCALES, exposure_input, exposure_ratios, ldr_values
 
-TILE = 1024  # pixels a side; the full model's refine module then takes about 2 GB
-WHOLE_PIXELS = 2 * TILE**2  # frames up to this are refined in one piece
+TILE = 768  # pixels a side; larger ones waste less on margins, smaller ones stay in buffers that are used again
+WHOLE_PIXELS = 2 * 1024**2  # frames up to this are fused in one piece
+SAMPLES, SAMPLE = 4, 160  # places along each side where noise is measured, and their pixels
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -26,17 +30,21 @@ class Result(NamedTuple):
     """Linear radiance (1, 3, H, W) in [0, 1] in the short exposure's units, and what is behind it.
 
     Attributes:
-        radiance: on the model's device.
-        fusion: the explicit fusion before the refine module, with full-size flows and masks.
+        radiance: on the CPU.
+        fusion: the explicit fusion before the refine module, with full-size flows and masks; None unless it was to be kept.
         evs, curve: exposures and camera curve, given or measured (see `safnet.calibrate.Calibration`).
         given_evs: the exposures before anything was measured.
+        covered: shares of the reference frame that the short and the long frame show; the rest is the reference alone.
+        advice: sentences about what does not fit together in the frames (see `safnet.advice`).
     """
 
     radiance: Tensor
-    fusion: Fusion
+    fusion: Fusion | None
     evs: tuple[float, ...]
     curve: Tensor | None
     given_evs: tuple[float, ...]
+    covered: tuple[float, float] = (1.0, 1.0)
+    advice: tuple[str, ...] = ()
 
 
 def fuse_exposures(
@@ -45,55 +53,67 @@ def fuse_exposures(
     evs: Sequence[float],
     *,
     measure: bool = False,
+    alignment: Literal["frame", "paper"] = "frame",
+    global_motion: bool = True,
+    keep_fusion: bool = True,
     tile: int | None = None,
     precision: torch.dtype = torch.float32,
     progress: Progress = lambda stage, done, total: None,
 ) -> Result:
-    """Fuse three LDR frames; unless measuring, equal to the model's forward to 1e-4, in memory that tiles keep in bounds.
+    """Fuse three LDR frames in memory that tiles keep in bounds.
 
     Args:
         model: in eval mode, on the device where the work shall run.
-        frames: short, reference, long: (1, 3, H, W) float32, LDR values in [0, 1], on any device.
-        evs: their exposure values in stops, ascending; only differences matter.
+        frames: short, reference, long: (1, 3, H, W), LDR values: floats in [0, 1], or uint8 or uint16 as files hold them.
+        evs: their exposure values in stops, ascending.
         measure: find out the outer frames' true exposures and the camera's curve (see `calibrate`), instead of trusting
             `evs` and assuming gamma 2.2.
-        tile: side of the refine module's tiles in pixels; 0 for the whole frame, None to choose by the frame's size.
+        alignment: "frame": as far as the frame needs, whatever its size (see `safnet.align`). "paper": four levels on the
+            frame at half size, which makes the result, unless measuring, that of the model's forward to 1e-4.
+        global_motion: of alignment "frame": look for the motion of the whole camera first.
+        keep_fusion: keep the explicit fusion, flows and masks in the result, which take three times its memory.
+        tile: side of tiles in pixels; 0 for the whole frame, None to choose by the frame's size.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
-        progress: called after each step with its name, the number of steps done, and of all.
+        progress: called after each step.
 
     Raises:
         ValueError: not three frames of one such shape, type and range, not three finite EVs that ascend, or a negative tile.
     """
-    _check(frames, evs, tile)
     device = next(model.parameters()).device
-
-    def inputs(frames: Sequence[Tensor], evs: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-        short, reference, long = (
-            exposure_input(frame.to(device), ratio) for frame, ratio in zip(frames, exposure_ratios(evs), strict=True)
-        )
-        return short, reference, long
-
+    _check(frames, evs, tile)
     height, width = frames[1].shape[2:]
-    if tile is None:
-        tile = 0 if height * width <= WHOLE_PIXELS else TILE
-    tile = tile or max(height, width)
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         progress("aligning", 0, 1)
-        bracket = Calibration(tuple(evs))
-        if measure:
-            bracket = calibrate(frames, evs, lambda frames, evs: model.estimate(*inputs(frames, evs))[:2])
-        short, reference, long = inputs([bracket.straighten(frame) for frame in frames], bracket.evs)
-        fusion = model.fuse(short, reference, long, model.estimate(short, reference, long))
+        bracket = reduce_frames(frames, evs, global_motion) if alignment == "frame" else None
+        found = _calibrate(model, frames, bracket, evs) if measure else Calibration(tuple(evs))
+        aligned = _align(model, frames, bracket, found)
+        advice = advise(bracket, aligned, found, evs) if bracket is not None and measure else ()
+        noise = _measure_noise(model, frames, found, aligned.alignment) if bracket is not None else None
         progress("aligning", 1, 1)
-        radiance = _refine(model, short, reference, long, fusion, tile, progress)
-    return Result(radiance, fusion, bracket.evs, bracket.curve, tuple(evs))
+        if tile is None:
+            tile = 0 if height * width <= WHOLE_PIXELS else TILE
+        tiles = [(rows, columns) for rows in _spans(height, tile or height) for columns in _spans(width, tile or width)]
+        # Channels innermost, as pictures are written.
+        radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)
+        fusion = _empty_fusion(height, width) if keep_fusion else None
+        for number, (rows, columns) in enumerate(tiles, 1):
+            refined, part = _fuse_tile(model, frames, found, aligned.alignment, noise, (rows, columns))
+            radiance[..., rows, columns] = refined
+            if fusion is not None:
+                fusion.fused[..., rows, columns] = part.fused
+                for whole, piece in zip(fusion.alignment, part.alignment, strict=True):
+                    whole[..., rows, columns] = piece
+            progress("refining", number, len(tiles))
+    return Result(radiance, fusion, found.evs, found.curve, tuple(evs), aligned.covered, advice)
 
 
 def _check(frames: Sequence[Tensor], evs: Sequence[float], tile: int | None) -> None:
     check_bracket("fuse_exposures", frames, evs)
     for name, frame in zip(("short", "reference", "long"), frames, strict=True):
+        if frame.dtype in INTEGER_SCALES:
+            continue
         if frame.dtype != torch.float32:
-            raise ValueError(f"fuse_exposures: the {name} frame must be float32, got {frame.dtype}")
+            raise ValueError(f"fuse_exposures: the {name} frame must be float32, uint8 or uint16, got {frame.dtype}")
         low, high = (limit.item() for limit in frame.aminmax())
         if not 0 <= low <= high <= 1:
             raise ValueError(f"fuse_exposures: the {name} frame must have values in [0, 1], got {low:g} to {high:g}")
@@ -101,54 +121,171 @@ def _check(frames: Sequence[Tensor], evs: Sequence[float], tile: int | None) -> 
         raise ValueError(f"fuse_exposures: tile must be at least 0, got {tile}")
 
 
-def _refine(
-    model: SAFNet, short: Tensor, reference: Tensor, long: Tensor, fusion: Fusion, tile: int, progress: Progress
-) -> Tensor:
-    """SAFNet.refine with its convolutions in tiles."""
-    net = model.refinenet
-
-    def warped(features: Callable[[Tensor], Tensor], exposure: Tensor, flow: Tensor) -> Tensor:
-        return safnet_ops.backward_warp(in_tiles(features, [exposure], tile, net.FEATURE_RADIUS), flow)
-
-    def refined(*inputs: Tensor) -> Tensor:
-        warped_short, warped_long, reference, fused, *alignment = inputs
-        part = Fusion(fused, type(fusion.alignment)(*alignment))
-        return (fused + net.body((warped_short, warped_long), reference, part)).clamp(0, 1)
-
-    warped_short = warped(net.short_features, short, fusion.alignment.flow_short)
-    warped_long = warped(net.long_features, long, fusion.alignment.flow_long)
-    inputs = [warped_short, warped_long, reference, fusion.fused, *fusion.alignment]
-    return in_tiles(refined, inputs, tile, net.RADIUS, lambda done, total: progress("refining", done, total))
+def _whole_exposures(
+    frames: Sequence[Tensor], calibration: Calibration, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    short, reference, long = (
+        exposure_input(calibration.straighten(ldr_values(frame).to(device)), ratio)
+        for frame, ratio in zip(frames, exposure_ratios(calibration.evs), strict=True)
+    )
+    return short, reference, long
 
 
-def in_tiles(
-    function: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    tile: int,
-    radius: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Tensor:
-    """function(*inputs) computed tile by tile, for a function that sees at most `radius` pixels to each side.
+def _calibrate(model: SAFNet, frames: Sequence[Tensor], bracket: Bracket | None, evs: Sequence[float]) -> Calibration:
+    device = next(model.parameters()).device
+    if bracket is not None:
+        reduced = bracket
+        return calibrate(bracket.frames, evs, lambda _, evs: align(model, reduced, evs).visible_flows())
+    return calibrate(
+        [ldr_values(frame) for frame in frames],
+        evs,
+        lambda frames, evs: model.estimate(*_whole_exposures(frames, Calibration(tuple(evs)), device))[:2],
+    )
 
-    A tile is cut with a margin of `radius`, except where the frame ends: there the function's own padding must act.
+
+def _align(model: SAFNet, frames: Sequence[Tensor], bracket: Bracket | None, calibration: Calibration) -> Aligned:
+    if bracket is not None:
+        return align(model, bracket, calibration.evs, calibration.straighten)
+    device = next(model.parameters()).device
+    found = model.estimate(*_whole_exposures(frames, calibration, device))
+    return Aligned(found, float("nan"), (1.0, 1.0))
+
+
+def _empty_fusion(height: int, width: int) -> Fusion:
+    fused, *alignment = (torch.empty(1, channels, height, width) for channels in (3, 2, 2, 1, 1))
+    return Fusion(fused, Alignment(*alignment))
+
+
+class _Warped(NamedTuple):
+    """What one tile of the frame is fused from: everything aligned to the reference.
+
+    Attributes:
+        short, long: radiance (1, 3, h, w).
+        reference: (1, 6, h, w), as of `exposure_input`.
+        features: the refine module's, of short and long.
+        alignment: flows and masks of the tile.
     """
-    height, width = inputs[0].shape[2:]
-    rows, columns = list(_spans(height, tile)), list(_spans(width, tile))
-    if radius == 0 or len(rows) * len(columns) == 1:
-        whole = function(*inputs)
-        progress(1, 1)
-        return whole
-    output = None
-    for number, (row, column) in enumerate(((row, column) for row in rows for column in columns), 1):
-        top, left = max(row.start - radius, 0), max(column.start - radius, 0)
-        cut = (..., slice(top, row.stop + radius), slice(left, column.stop + radius))
-        part = function(*(tensor[cut] for tensor in inputs))
-        if output is None:
-            output = part.new_empty(*part.shape[:2], height, width)
-        output[..., row, column] = part[..., row.start - top : row.stop - top, column.start - left : column.stop - left]
-        progress(number, len(rows) * len(columns))
-    assert output is not None
-    return output
+
+    short: Tensor
+    reference: Tensor
+    long: Tensor
+    features: tuple[Tensor, Tensor]
+    alignment: Alignment
+
+
+def _warp_part(
+    model: SAFNet,
+    frames: Sequence[Tensor],
+    calibration: Calibration,
+    alignment: Alignment,
+    part: tuple[slice, slice],
+) -> _Warped:
+    """A part of the frame, aligned."""
+    height, width = frames[1].shape[2:]
+    aligned = full_size(alignment, height, width, *part)
+    device = aligned.flow_short.device
+    ratios = exposure_ratios(calibration.evs)
+
+    def exposure(number: int, part: tuple[slice, slice]) -> Tensor:
+        rows, columns = part
+        values = ldr_values(frames[number][:, :, rows, columns]).to(device)
+        return exposure_input(calibration.straighten(values), ratios[number])
+
+    def warped(number: int, flow: Tensor, features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        source, moved = _source_of(flow, part, (height, width), model.refinenet.FEATURE_RADIUS)
+        cut = exposure(number, source)
+        found = safnet_ops.backward_warp(torch.cat([cut[:, 0:3], features(cut)], 1), moved)
+        found = found[..., : flow.shape[2], : flow.shape[3]]
+        return found[:, 0:3], found[:, 3:]
+
+    short, short_features = warped(0, aligned.flow_short, model.refinenet.short_features)
+    long, long_features = warped(2, aligned.flow_long, model.refinenet.long_features)
+    return _Warped(short, exposure(1, part), long, (short_features, long_features), aligned)
+
+
+def _measure_noise(model: SAFNet, frames: Sequence[Tensor], calibration: Calibration, alignment: Alignment) -> Tensor:
+    """What `merge.measure_noise` finds in a few places of the frame, at full size."""
+    height, width = frames[1].shape[2:]
+    places = [
+        _warp_part(model, frames, calibration, alignment, (rows, columns))
+        for rows in _samples(height)
+        for columns in _samples(width)
+    ]
+    long, reference_ldr = (
+        torch.cat([part.flatten(2) for part in parts], 2)[..., None]
+        for parts in ([place.long for place in places], [place.reference[:, 3:6] for place in places])
+    )
+    return measure_noise(long, reference_ldr, exposure_ratios(calibration.evs))
+
+
+def _samples(length: int) -> list[slice]:
+    """Spans of a side in which noise is measured: all of a short one, else a few evenly placed."""
+    if length <= SAMPLES * SAMPLE:
+        return [slice(0, length)]
+    starts = [round((number + 0.5) * length / SAMPLES - SAMPLE / 2) for number in range(SAMPLES)]
+    return [slice(start, start + SAMPLE) for start in starts]
+
+
+def _fuse_tile(
+    model: SAFNet,
+    frames: Sequence[Tensor],
+    calibration: Calibration,
+    alignment: Alignment,
+    noise: Tensor | None,
+    tile: tuple[slice, slice],
+) -> tuple[Tensor, Fusion]:
+    """Refined result and explicit fusion of one tile of the frame."""
+    radius = model.refinenet.RADIUS
+    # Where the frame ends there is no margin: there the convolutions' own padding must act.
+    outer, inner = zip(
+        *(_with_margin(span, radius, length) for span, length in zip(tile, frames[1].shape[2:], strict=True)),
+        strict=True,
+    )
+    part = _warp_part(model, frames, calibration, alignment, (outer[0], outer[1]))
+    still = torch.zeros_like(part.alignment.flow_short)
+    images = part.short, part.reference[:, 0:3], part.long, still, still
+    if noise is None:
+        aligned = part.alignment
+        fused = safnet_ops.fused_fuse(*images, aligned.mask_short, aligned.mask_long, part.reference[:, 3:6])
+    else:
+        ratios = exposure_ratios(calibration.evs)
+        mask_long = part.alignment.mask_long
+        weights, mask_long = weigh_by_noise(part.short, part.reference, part.long, mask_long, ratios, noise)
+        aligned = part.alignment._replace(mask_long=mask_long)
+        fused = safnet_ops.fused_fuse(*images, aligned.mask_short, mask_long, weights=weights)
+    fusion = Fusion(fused, aligned)
+    residual = model.refinenet.body(part.features, part.reference, fusion)
+    if noise is not None:
+        residual = residual * trust_in_refining(part.reference[:, 3:6])
+    refined = (fused + residual).clamp(0, 1)
+    cut = (..., *inner)
+    return refined[cut], Fusion(fused[cut], Alignment(*(field[cut] for field in aligned)))
+
+
+def _with_margin(span: slice, margin: int, length: int) -> tuple[slice, slice]:
+    """A span with a margin that ends where the frame does, and where the span lies in it."""
+    outer = slice(max(span.start - margin, 0), min(span.stop + margin, length))
+    return outer, slice(span.start - outer.start, span.stop - outer.start)
+
+
+def _source_of(
+    flow: Tensor, tile: tuple[slice, slice], size: tuple[int, int], margin: int
+) -> tuple[tuple[slice, slice], Tensor]:
+    """The part of a frame that a tile's flow leads into, and the flow from the tile to that part, padded to its size."""
+    parts, offsets = [], []
+    for axis, (span, length) in enumerate(zip(tile, size, strict=True)):
+        pixels = torch.arange(span.start, span.stop, device=flow.device, dtype=flow.dtype)
+        target = flow[:, 1 - axis] + (pixels[:, None] if axis == 0 else pixels)
+        low, high = (int(end) for end in target.clamp(0, length - 1).aminmax())
+        start, stop = max(low - margin, 0), min(high + 2 + margin, length)
+        # The warp takes pictures and flows of one size.
+        stop = min(max(stop, start + span.stop - span.start), length)
+        start = max(min(start, stop - (span.stop - span.start)), 0)
+        parts.append(slice(start, stop))
+        offsets.append(span.start - start)
+    moved = flow + flow.new_tensor([offsets[1], offsets[0]]).view(1, 2, 1, 1)
+    missing = [part.stop - part.start - moved.shape[2 + axis] for axis, part in enumerate(parts)]
+    return (parts[0], parts[1]), torch.nn.functional.pad(moved, (0, missing[1], 0, missing[0]))
 
 
 def _spans(length: int, tile: int) -> Iterator[slice]:

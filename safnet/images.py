@@ -1,7 +1,9 @@
 """Pictures in and out, through OpenImageIO: frames by the network's input protocol, results by their file names."""
 
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import OpenImageIO as oiio
+import torch
 
 from safnet.choices import Depth
 from safnet.files import written_whole
-from safnet.radiance import GAMMA
+from safnet.radiance import GAMMA, ldr_values
 
 FloatPicture = npt.NDArray[np.float32]
 BytePicture = npt.NDArray[np.uint8]
+FramePicture = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | FloatPicture
 
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".exr")
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -80,10 +84,21 @@ def read_header(path: Path) -> Header:
 
 
 def read_ldr(path: Path) -> FloatPicture:
-    """Read one exposure as LDR RGB (H, W, 3) in [0, 1], gamma 2.2, upright.
+    """Read one exposure as LDR RGB (H, W, 3) in [0, 1], gamma 2.2, upright: `read_frame`, in floats."""
+    return np.ascontiguousarray(ldr_values(torch.from_numpy(read_frame(path))).numpy())
 
-    8-bit values are divided by 255, 16-bit ones by 2^16. Float files hold linear values of which 1 is the frame's
-    clipping point: they are clipped to [0, 1] and encoded by x^(1 / 2.2), which the network undoes. Grey is
+
+def read_frames(paths: Sequence[Path]) -> list[FramePicture]:
+    """`read_frame` of several files at once: decoding takes one core each."""
+    with _silent_codecs(), ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(read_frame, paths))
+
+
+def read_frame(path: Path) -> FramePicture:
+    """Read one exposure as LDR RGB (H, W, 3), gamma 2.2, upright, in the bits of its file: see `radiance.ldr_values`.
+
+    8 and 16-bit values are as in the file, 32-bit ones are floats in [0, 1]. Float files hold linear values of which 1 is the
+    frame's clipping point: they are clipped to [0, 1] and encoded by x^(1 / 2.2), which the network undoes. Grey is
     repeated to RGB, CMYK converted, alpha and further channels are ignored.
 
     Raises:
@@ -94,13 +109,17 @@ def read_ldr(path: Path) -> FloatPicture:
         pixels = source.read_image(0, 0, 0, spec.nchannels, spec.format)
         if pixels is None or source.has_error:
             raise ImageError(f"{path} cannot be read, it may be truncated: {_first_line(source.geterror())}")
-    pixels = pixels[:, :, _colour_channels(path, spec)].astype(np.float32)
+    channels = _colour_channels(path, spec)
+    if channels != [0, 1, 2] or pixels.shape[2] != 3:
+        pixels = pixels[:, :, channels]
     scale = _decoding_scale(path, spec)
     if scale is None:
-        pixels = np.nan_to_num(pixels, nan=0.0, posinf=1.0).clip(0, 1) ** (1 / GAMMA)
-    else:
-        pixels *= 1 / scale
-    return np.ascontiguousarray(np.broadcast_to(_upright(pixels, _orientation(spec)), _upright_shape(spec)), np.float32)
+        pixels = pixels.astype(np.float32)
+        pixels = np.nan_to_num(pixels, nan=0.0, posinf=1.0).clip(0, 1) ** np.float32(1 / GAMMA)
+    elif pixels.dtype == np.uint32:
+        pixels = (pixels * (1 / scale)).astype(np.float32)
+    upright = np.broadcast_to(_upright(pixels, _orientation(spec)), _upright_shape(spec))
+    return np.require(upright, requirements=["C", "W"])
 
 
 def write_radiance(path: Path, radiance: FloatPicture, depth: Depth | None = None) -> None:
@@ -244,15 +263,30 @@ def _first_line(message: str) -> str:
     return message.strip().splitlines()[0] if message.strip() else "unknown reason"
 
 
+_silencing = threading.Lock()
+_silent_readers = 0  # in how many blocks of `_silent_codecs` the process is
+_kept_stderr = -1
+
+
 @contextmanager
 def _silent_codecs() -> Iterator[None]:
-    """Keep codecs from printing errors on stderr themselves (libpng does): they reach the user through ImageError."""
-    kept = os.dup(2)
-    sink = os.open(os.devnull, os.O_WRONLY)
+    """Keep codecs from printing errors on stderr themselves (libpng does): they reach the user through ImageError.
+
+    stderr is the whole process's: of blocks in several threads the first one turns it off and the last one on again.
+    """
+    global _silent_readers, _kept_stderr
+    with _silencing:
+        if _silent_readers == 0:
+            _kept_stderr = os.dup(2)
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, 2)
+            os.close(sink)
+        _silent_readers += 1
     try:
-        os.dup2(sink, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(sink)
-        os.close(kept)
+        with _silencing:
+            _silent_readers -= 1
+            if _silent_readers == 0:
+                os.dup2(_kept_stderr, 2)
+                os.close(_kept_stderr)

@@ -259,11 +259,28 @@ class SAFNet(nn.Module):
         """What the decoder makes of every level, coarse to fine; the last is `estimate`'s result."""
         _check_exposures(short, reference, long)
         size = network_size(short.shape[2], short.shape[3], scale_factor)
-        exposures = [_resize(exposure, size) for exposure in (short, reference, long)]
+        return self._decode([_resize(exposure, size) for exposure in (short, reference, long)])
+
+    def refine_alignment(self, short: Tensor, reference: Tensor, long: Tensor, alignment: Alignment) -> Alignment:
+        """One more level: the alignment at twice the size of `alignment`, which the exposures (N, 6, H, W) must have.
+
+        Encoder and decoder are shared by all levels, so that finer ones can be added to the four of `estimate`.
+        """
+        _check_exposures(short, reference, long)
+        height, width = alignment.flow_short.shape[2:]
+        if tuple(short.shape[2:]) != (2 * height, 2 * width):
+            raise ValueError(
+                f"SAFNet: exposures must be twice the alignment's {height} x {width} high and wide, "
+                f"got {tuple(short.shape)}"
+            )
+        finest = self.encoder.get_submodule("pyramid1")
+        return self.decoder(finest(short), finest(reference), finest(long), alignment)
+
+    def _decode(self, exposures: list[Tensor]) -> list[Alignment]:
         pyramids = [self.encoder(exposure) for exposure in exposures]
         n, _, height, width = pyramids[0][-1].shape
         # In the exposures' type, which autocast leaves alone: half-precision flows would be wrong by up to half a pixel.
-        alignment = Alignment(*(short.new_zeros(n, channels, height, width) for channels in (2, 2, 1, 1)))
+        alignment = Alignment(*(exposures[0].new_zeros(n, channels, height, width) for channels in (2, 2, 1, 1)))
         levels = []
         for level in reversed(range(LEVELS)):
             alignment = self.decoder(*(pyramid[level] for pyramid in pyramids), alignment)

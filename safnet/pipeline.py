@@ -13,10 +13,10 @@ from safnet.fuse import Progress, Result, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
-    FloatPicture,
+    FramePicture,
     ImageError,
     check_destination,
-    read_ldr,
+    read_frames,
     write_picture,
     write_radiance,
 )
@@ -37,6 +37,7 @@ def fuse_files(
     *,
     evs: Sequence[float] | None = None,
     measure: bool = True,
+    global_motion: bool = True,
     model: SAFNet | AnyPath = "safnet-s",
     device: str = "auto",
     precision: torch.dtype = torch.float32,
@@ -58,6 +59,7 @@ def fuse_files(
         evs: exposures in stops in the order of `paths` (of a folder: by name), more light being higher. None to take them from
             exposure.txt beside the frames, else from EXIF.
         measure: find out the true exposures and the camera's curve, instead of trusting `evs` and assuming gamma 2.2.
+        global_motion: look for the motion of the whole camera first, as between handheld frames.
         model: one in eval mode, which stays where it is, or what `load_model` takes.
         device: where a model that is loaded here shall run: one of torch's, or "auto" for a GPU if there is one.
         precision, tile, progress: see `fuse_exposures`; here there are the stages "reading" and "writing" too.
@@ -69,7 +71,7 @@ def fuse_files(
 
     Returns:
         Linear radiance (1, 3, H, W) float32 in [0, 1], where 1 is the short exposure's clipping point, on the model's device,
-        with exposures, flows, masks and explicit fusion: see `Result`.
+        with exposures and what was noticed, and with `inspect` flows, masks and explicit fusion: see `Result`.
 
     Raises:
         ExposureError: not three frames of one size, or exposures that are missing or equal.
@@ -79,7 +81,7 @@ def fuse_files(
             command's options.
 
     Warns:
-        FusionWarning: the processor lacks arithmetic of that precision.
+        FusionWarning: frames do not fit together, as `Result.advice` says; the processor lacks arithmetic of that precision.
     """
     frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
@@ -87,14 +89,23 @@ def fuse_files(
     bracket = open_bracket(frames, evs, results)
     network = model if isinstance(model, SAFNet) else load_model(model, device)
     _warn_of_slow_precision(network, precision)
-    pictures = []
-    for number, frame in enumerate(bracket.frames):
-        progress("reading", number, len(bracket.frames))
-        pictures.append(read_ldr(frame.path))
+    progress("reading", 0, 1)
+    pictures = read_frames([frame.path for frame in bracket.frames])
+    progress("reading", 1, 1)
     tensors = [torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in pictures]
     result = fuse_exposures(
-        network, tensors, bracket.evs, measure=measure, tile=tile, precision=precision, progress=progress
+        network,
+        tensors,
+        bracket.evs,
+        measure=measure,
+        global_motion=global_motion,
+        keep_fusion=inspect is not None,
+        tile=tile,
+        precision=precision,
+        progress=progress,
     )
+    for sentence in result.advice:
+        warnings.warn(sentence, FusionWarning, stacklevel=2)
     if results:
         progress("writing", 0, 1)
         _write(result, bracket, pictures, output, depth, preview, tonemap, inspect)
@@ -140,7 +151,7 @@ def check_destinations(
 def _write(
     result: Result,
     bracket: Bracket,
-    pictures: Sequence[FloatPicture],
+    pictures: Sequence[FramePicture],
     output: Path | None,
     depth: Depth | None,
     preview: Path | None,

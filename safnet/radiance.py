@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 GAMMA = 2.2  # the camera curve that the protocol assumes
+INTEGER_SCALES = {torch.uint8: 255.0, torch.uint16: 2.0**16}  # of the values in files
 MU = 5000.0  # compression of the mu-law tone map (Kalantari and Ramamoorthi 2017, equation 5)
 
 
@@ -16,6 +17,18 @@ def exposure_ratios(evs: Sequence[float]) -> list[float]:
     """Exposure values in stops -> ratios 2^(EV - lowest EV), so that the shortest exposure has ratio 1."""
     lowest = min(evs)
     return [2.0 ** (ev - lowest) for ev in evs]
+
+
+def ldr_values(frame: Tensor) -> Tensor:
+    """LDR values in [0, 1] as float32 of a frame in any floating-point type, or in the 8 or 16 bits of its file.
+
+    8-bit values are divided by 255, 16-bit ones by 2^16, as the published SAFNet does.
+    """
+    if frame.is_floating_point():
+        return frame.float()
+    if frame.dtype not in INTEGER_SCALES:
+        raise TypeError(f"ldr_values: frame must be uint8, uint16 or floating-point, got {frame.dtype}")
+    return frame.to(torch.float32, memory_format=torch.contiguous_format) * (1 / INTEGER_SCALES[frame.dtype])
 
 
 def linearize(ldr: Tensor, ratio: float) -> Tensor:

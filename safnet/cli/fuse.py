@@ -36,6 +36,9 @@ def fuse(
         bool,
         typer.Option("--measure/--trust", help="Measure exposures and camera curve, or trust EVs and gamma 2.2."),
     ] = True,
+    global_motion: Annotated[
+        bool, typer.Option("--global/--no-global", help="Look for the motion of the whole camera first.")
+    ] = True,
     depth: Annotated[
         choices.Depth | None,
         typer.Option(help="Numbers in the result: .exr half or float, .tif float or uint16.", show_default="the first"),
@@ -71,6 +74,7 @@ def fuse(
                 output,
                 evs=None if ev is None else parse_evs(ev),
                 measure=measure,
+                global_motion=global_motion,
                 model=model,
                 device=device,
                 precision=getattr(torch, precision),
@@ -88,6 +92,9 @@ def fuse(
         exposures += f" (measured: {measured})"
     if result.curve is not None:
         exposures += ", camera curve measured"
+    missing = 100 * (1 - min(result.covered))
+    if missing >= 1:
+        exposures += f", {missing:.0f} % of the frame in the reference alone"
     seconds = time.perf_counter() - started
     typer.echo(f"{width} x {height}, {exposures}, {seconds:.1f} s, peak memory {peak_memory()}: {output}")
 

@@ -7,6 +7,7 @@ flows, and in whether a ghost mask withdraws what does not fit the reference.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,9 +17,9 @@ import safnet_ops
 from safnet.calibrate import Calibration, calibrate
 from safnet.fuse import Result
 from safnet.model import Alignment, Fusion
+from safnet.motion import Grey, equally_exposed, motion_flow
 from safnet.radiance import GAMMA, exposure_ratios, linearize
 
-Grey = npt.NDArray[np.uint8]
 Flow = npt.NDArray[np.float32]
 
 GHOST_THRESHOLD = 0.06  # of LDR values in [0, 1]; more than noise and rounding, less than what an eye sees as a ghost
@@ -39,7 +40,7 @@ def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, ...], measure: bo
         Radiance (1, 3, H, W) in the short exposure's units, and the flows and masks it was made with.
 
     Raises:
-        ValueError: there is no such baseline, or it needs OpenCV, which is not installed.
+        ValueError: there is no such baseline.
     """
     if name not in BASELINES:
         raise ValueError(f"--baseline must be one of {', '.join(BASELINES)}, got {name!r}")
@@ -84,9 +85,8 @@ def ghost_mask(aligned: Tensor, reference: Tensor, ratio: float) -> Tensor:
 
 def dis_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> Tensor:
     """Flow (1, 2, H, W) in pixels from reference to frame (3, H, W), by dense inverse search (Kroeger et al. 2016)."""
-    cv2 = _opencv()
-    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    pictures = _equally_exposed(reference, frame, reference_ratio, frame_ratio)
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
+    pictures = equally_exposed(reference, frame, reference_ratio, frame_ratio)
     if min(pictures[0].shape) < 2 * search.getPatchSize():
         raise ValueError(f"baseline dis: frames must be at least {2 * search.getPatchSize()} pixels a side")
     return _tensor(search.calc(*pictures, None).transpose(2, 0, 1))
@@ -94,13 +94,9 @@ def dis_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_rat
 
 def homography_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> Tensor:
     """As `dis_flow`, of the one homography that ORB features agree on; no motion where they agree on none."""
-    cv2 = _opencv()
-    pictures = _equally_exposed(reference, frame, reference_ratio, frame_ratio)
-    matrix = _homography(cv2, *pictures)
-    height, width = pictures[0].shape
-    x, y = np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64))
-    moved = np.einsum("ij,jhw->ihw", matrix, np.stack([x, y, np.ones_like(x)]))
-    return _tensor(np.stack([moved[0] / moved[2] - x, moved[1] / moved[2] - y]))
+    matrix = _homography(*equally_exposed(reference, frame, reference_ratio, frame_ratio))
+    height, width = reference.shape[1:]
+    return motion_flow(matrix, height, width)
 
 
 def no_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> Tensor:
@@ -108,9 +104,9 @@ def no_flow(reference: Tensor, frame: Tensor, reference_ratio: float, frame_rati
     return reference.new_zeros(1, 2, *reference.shape[1:])
 
 
-def _homography(cv2: Any, reference: Grey, frame: Grey) -> npt.NDArray[np.float64]:
+def _homography(reference: Grey, frame: Grey) -> npt.NDArray[np.float64]:
     """Matrix (3, 3) from the reference's pixels to the frame's."""
-    orb = cv2.ORB_create(ORB_FEATURES)
+    orb = cv2.ORB_create(ORB_FEATURES)  # type: ignore[attr-defined]
     (points, features), (frame_points, frame_features) = (orb.detectAndCompute(p, None) for p in (reference, frame))
     if features is None or frame_features is None:
         return np.eye(3)
@@ -121,30 +117,11 @@ def _homography(cv2: Any, reference: Grey, frame: Grey) -> npt.NDArray[np.float6
     target = np.array([frame_points[match.trainIdx].pt for match in matches], np.float32)
     cv2.setRNGSeed(0)
     matrix, inliers = cv2.findHomography(source, target, cv2.RANSAC, RANSAC_PIXELS)
-    return np.eye(3) if matrix is None or inliers.sum() < FEWEST_INLIERS else matrix
-
-
-def _equally_exposed(reference: Tensor, frame: Tensor, reference_ratio: float, frame_ratio: float) -> tuple[Grey, Grey]:
-    """Both frames as 8-bit grey at the longer one's exposure, where they clip alike and the shorter one is not dark."""
-    longer = max(reference_ratio, frame_ratio)
-    exposed = (
-        (ldr.pow(GAMMA) * (longer / ratio)).clamp(0, 1).pow(1 / GAMMA)
-        for ldr, ratio in ((reference, reference_ratio), (frame, frame_ratio))
-    )
-    first, second = (picture.mul(255).round().mean(0).byte().cpu().numpy() for picture in exposed)
-    return first, second
+    return np.eye(3) if matrix is None or inliers.sum() < FEWEST_INLIERS else np.asarray(matrix, np.float64)
 
 
 def _tensor(flow: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(flow, np.float32))[None]
-
-
-def _opencv() -> Any:
-    try:
-        import cv2
-    except ImportError as error:
-        raise ValueError(f"this baseline needs OpenCV ({error}); pip install 'safnet-ops[eval]'") from error
-    return cv2
 
 
 ALIGNERS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {

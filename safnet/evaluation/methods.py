@@ -63,7 +63,9 @@ class ModelMethod:
     def fuse(self, files: SceneFiles, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Outcome:
         precision = getattr(torch, self.precision)
         pictures = [frame[None] for frame in frames]
-        result = fuse_exposures(self.model, pictures, evs, measure=measure, tile=self.tile, precision=precision)
+        result = fuse_exposures(
+            self.model, pictures, evs, measure=measure, alignment="paper", tile=self.tile, precision=precision
+        )
         return Outcome(result.radiance, result)
 
 

@@ -247,7 +247,7 @@ def _score(
         scores["ntire_psnr_mu"], scores["ntire_psnr"] = ntire_scores(encoded, encoded_truth, NTIRE_GAMMA)
     if judge is not None:
         scores["cvvdp"] = judge(judged.clamp(min=0), sample.truth)
-    if method.kind == "model" and outcome.result is not None:
+    if method.kind == "model" and outcome.result is not None and outcome.result.fusion is not None:
         fused = outcome.result.fusion.fused[0].float().cpu() * unit
         scores["fused_psnr_mu"], scores["fused_psnr_l"] = psnr_mu(fused, sample.truth), psnr_l(fused, sample.truth)
     shown = result_pictures(radiance, sample.truth, outcome.result, settings.picture_width)

@@ -41,7 +41,7 @@ def result_pictures(radiance: Tensor, truth: Tensor, result: Result | None, widt
         "result": data_uri(curve(_picture(radiance)), width),
         "error": data_uri(error_picture(radiance, truth), width),
     }
-    if result is not None:
+    if result is not None and result.fusion is not None:
         flow_short, flow_long, mask_short, mask_long = (
             part[0].float().cpu().numpy() for part in result.fusion.alignment
         )

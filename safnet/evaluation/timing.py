@@ -74,7 +74,7 @@ def time_model(
 
     def run() -> float:
         started = time.perf_counter()
-        fuse_exposures(model, frames, TIMING_EVS, tile=tile, precision=precision)
+        fuse_exposures(model, frames, TIMING_EVS, alignment="paper", tile=tile, precision=precision)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
@@ -143,8 +143,10 @@ def _peak_memory_here(
     _return_freed_memory()
     model, device = pickle.loads(data), torch.device("cpu")
     small, frames = (_noise_frames(*size, device) for size in (SMALL_SIZE, (height, width)))
-    fuse_exposures(model, small, TIMING_EVS, precision=precision)  # loads kernels and starts threads
-    return peak_memory_of(lambda: fuse_exposures(model, frames, TIMING_EVS, tile=tile, precision=precision), device)
+    fuse_exposures(model, small, TIMING_EVS, alignment="paper", precision=precision)  # loads kernels and starts threads
+    return peak_memory_of(
+        lambda: fuse_exposures(model, frames, TIMING_EVS, alignment="paper", tile=tile, precision=precision), device
+    )
 
 
 def _return_freed_memory() -> None:

@@ -86,7 +86,10 @@ def test_slow_arithmetic_is_warned_of(frames, model, monkeypatch):
         (lambda f, e: (f[:2], e), "frames must be three"),
         (lambda f, e: ([f[0], f[1], f[2][..., 1:]], e), "frames must be three"),
         (lambda f, e: (f, e[::-1]), "evs must be three finite numbers that ascend"),
-        (lambda f, e: ([f[0], f[1].double(), f[2]], e), "reference frame must be float32, got torch.float64"),
+        (
+            lambda f, e: ([f[0], f[1].double(), f[2]], e),
+            "reference frame must be float32, uint8 or uint16, got torch.float64",
+        ),
         (lambda f, e: ([f[0], f[1], 255 * f[2]], e), r"long frame must have values in \[0, 1\], got .* to 2"),
         (lambda f, e: ([f[0] - 1, f[1], f[2]], e), r"short frame must have values in \[0, 1\], got -"),
         (lambda f, e: ([f[0] / 0, f[1], f[2]], e), r"short frame must have values in \[0, 1\]"),

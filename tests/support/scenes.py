@@ -107,3 +107,55 @@ def make_scene(seed: int) -> Scene:
     return Scene(
         torch.stack(frames).mul(65535).floor() / 65536, (0.0, 2.0, 4.0), truth, flow, torch.ones(2, SCENE, SCENE).bool()
     )
+
+
+def skyline(x, y, height=320):
+    """Radiance (..., 3) at pixels x, y of a plane: textured houses before a sky that is ten times as bright."""
+    random = np.random.default_rng(11)
+    log = np.zeros((*np.shape(x), 3))
+    for scale in (0.02, 0.06, 0.15, 0.4):
+        for _ in range(8):
+            fx, fy = random.normal(0, scale, 2)
+            log += random.normal(0, 0.16, 3) * np.sin(fx * x + fy * y + random.uniform(0, 6.3))[..., None]
+    # A house every 40 pixels, each with its own height and colour, looked up by a number of its own.
+    house = np.floor(np.asarray(x) / 40).astype(int)
+    noise = np.random.default_rng(12).uniform(size=(997, 4))[house % 997]
+    is_house = y > height * (0.25 + 0.35 * noise[..., 0])
+    walls = 0.012 * (1 + 4 * noise[..., 1:]) * np.exp(log)
+    windows = (np.mod(x, 10) < 4) & (np.mod(y, 14) < 6)
+    walls = np.where(windows[..., None], 0.3 * walls, walls)
+    sky = np.array([0.45, 0.55, 0.7]) * np.exp(0.4 * log)
+    return np.clip(np.where(is_house[..., None], walls, sky), 1e-3, 1).astype(np.float32)
+
+
+def handheld(shift=(0.0, 0.0), roll=0.0, height=320, width=480, scale=1, noise=0.0, levels=2**16 - 1):
+    """What a camera makes of `skyline` that shifts (pixels) and rolls (degrees) from each frame to the next.
+
+    Returns frames (1, 3, H, W) with EVS, the reference's radiance (1, 3, H, W), and the flow (2, H, W) from it to short.
+    """
+    random = np.random.default_rng(13)
+    y, x = np.mgrid[0 : height * scale, 0 : width * scale]
+    x, y = (x + 0.5) / scale - 0.5, (y + 0.5) / scale - 0.5  # in pixels of scale 1
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    frames, truth = [], None
+    for way, ratio in zip((-1, 0, 1), (1, 4, 16), strict=True):
+        angle = np.deg2rad(way * roll)
+        along, down = x - middle_x + way * shift[0], y - middle_y + way * shift[1]
+        turned_x = np.cos(angle) * along - np.sin(angle) * down + middle_x
+        turned_y = np.sin(angle) * along + np.cos(angle) * down + middle_y
+        seen = skyline(turned_x, turned_y, height)
+        truth = seen if way == 0 else truth
+        light = seen * ratio
+        light = light + random.normal(size=seen.shape) * noise * np.sqrt(np.clip(light, 0, 1) + noise)
+        frames.append(torch.from_numpy(expose(np.clip(light, 0, 1).astype(np.float32), 1, levels) / (levels + 1)))
+    to_short = _turned(x, y, (middle_x, middle_y), shift, np.deg2rad(roll))
+    flow = torch.from_numpy(np.stack([to_short[0] - x, to_short[1] - y]) * scale).float()
+    pictures = [frame.float().permute(2, 0, 1)[None] for frame in frames]
+    return pictures, torch.from_numpy(truth).permute(2, 0, 1)[None], flow
+
+
+def _turned(x, y, middle, shift, angle):
+    """Where a point of the reference lies in the short frame."""
+    along, down = x - middle[0], y - middle[1]
+    back_x, back_y = np.cos(angle) * along - np.sin(angle) * down, np.sin(angle) * along + np.cos(angle) * down
+    return back_x + middle[0] + shift[0], back_y + middle[1] + shift[1]
