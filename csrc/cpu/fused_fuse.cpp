@@ -86,7 +86,8 @@ struct Samples {
   R value[kChunk], x[kChunk], y[kChunk];
 };
 
-// Pixels of a run where a flow or a mask is NaN: the result is NaN there whatever the inputs, and passes no gradient on.
+// Pixels of a run where a flow or a mask is NaN: the result is NaN there whatever the inputs, and passes no gradient
+// on.
 struct Lost {
   int32_t at[kChunk];
   bool any;
@@ -94,7 +95,8 @@ struct Lost {
   template <class R>
   void find(const FuseInputs& a, const Run& run) {
     R buffers[6][kChunk];
-    const R *short_x = read_run(a.flow_short, run, 0, buffers[0]), *short_y = read_run(a.flow_short, run, 1, buffers[1]);
+    const R *short_x = read_run(a.flow_short, run, 0, buffers[0]),
+            *short_y = read_run(a.flow_short, run, 1, buffers[1]);
     const R *long_x = read_run(a.flow_long, run, 0, buffers[2]), *long_y = read_run(a.flow_long, run, 1, buffers[3]);
     const R* mask_short = read_run(a.mask_short, run, 0, buffers[4]);
     const R* mask_long = read_run(a.mask_long, run, 0, buffers[5]);
