@@ -87,7 +87,7 @@ def assert_radiance(path, radiance):
 @pytest.mark.parametrize("name", ["result.exr", "result.hdr", "result.tif"])
 def test_fuses_in_any_order(tmp_path, frames, radiance, weights, name):
     output = tmp_path / name
-    outcome = fuse(frames[2], frames[0], frames[1], "--ev", 0, 2, -2, "-o", output, "--model", weights)
+    outcome = fuse(frames[2], frames[0], frames[1], "--ev", 0, 2, -2, "--trust", "-o", output, "--model", weights)
     assert outcome.exit_code == 0, outcome.output
     assert re.fullmatch(SUMMARY.format(re.escape(name)), outcome.stdout)
     assert_radiance(output, radiance)
