@@ -72,7 +72,7 @@ class Rule(torch.autograd.Function):
         ctx.save_for_forward(*inputs[: cls.tensors])
         ctx.options = inputs[cls.tensors :]
         # For backward, which has to be a plain function where compiled autograd traces it.
-        ctx.rule, ctx.name = cls, cls.name
+        ctx.rule, ctx.operator = cls, cls.name  # not `name`, which is a method of the graph's node
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,7 +111,7 @@ class Forward(Rule):
         needed = ctx.needs_input_grad[: len(inputs)]
         deterministic = torch.are_deterministic_algorithms_enabled()
         arguments = (*inputs, *ctx.options, needed_bits(needed), deterministic)
-        found = ctx.rule.operators(f"{ctx.name}_backward")(*grads, *arguments)
+        found = ctx.rule.operators(f"{ctx.operator}_backward")(*grads, *arguments)
         return *return_gradients(found, needed), *(None for _ in ctx.options)
 
 
