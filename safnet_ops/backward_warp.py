@@ -1,12 +1,17 @@
 """backward_warp: sample an image at pixel + flow."""
 
+from functools import partial
+
 from torch import Tensor
 
 from safnet_ops import reference
+from safnet_ops.autocast import is_autocast, promote, register_autocast
 from safnet_ops.autograd import Forward, differentiate, kernel
 from safnet_ops.backends import choose, define
 from safnet_ops.checks import check_shape, check_tensor, empty_gradient, empty_image, unify_geometry
 from safnet_ops.operators import is_needed
+
+GEOMETRY = range(1, 2)  # the flow's place among the arguments
 
 
 def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) -> Tensor:
@@ -16,7 +21,7 @@ def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) ->
     padding_mode="border", align_corners=True gives for an absolute grid, without that grid's rounding error. Coordinates and
     sums are float32 (float64 for float64 images). Infinite or huge flow gives the border; the gradient of a flow component is
     zero where it points out of the picture. Where a flow component is NaN, so is the result, as a constant: neither image nor
-    flow receives a gradient from that pixel, and a loss may mask it out.
+    flow receives a gradient from that pixel, and a loss may mask it out. Under autocast, float64 and others become float64.
 
     Args:
         image: (N, C, H, W), float32, float64, float16 or bfloat16, any strides.
@@ -30,6 +35,8 @@ def backward_warp(image: Tensor, flow: Tensor, *, backend: str | None = None) ->
         TypeError, ValueError: an argument has another type, dtype, shape or device than stated.
         RuntimeError: the backend asked for is not available.
     """
+    if is_autocast(image):
+        image, flow = promote((image, flow), GEOMETRY)
     check_tensor("backward_warp", "image", image)
     check_tensor("backward_warp", "flow", flow)
     n, _, height, width = image.shape
@@ -55,3 +62,4 @@ define(
     _fake_backward,
 )
 differentiate("backward_warp", Forward, reference.backward_warp)
+register_autocast("backward_warp", partial(promote, geometry=GEOMETRY))

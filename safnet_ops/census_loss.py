@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from safnet_ops import reference
+from safnet_ops.autocast import is_autocast, promote, register_autocast
 from safnet_ops.autograd import Rule, differentiate, kernel, pull_back
 from safnet_ops.backends import choose, define
 from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image
@@ -24,7 +25,7 @@ def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7, *, back
 
     Args:
         prediction: (N, C, H, W), float32, float64, float16 or bfloat16, any strides.
-        target: the same shape, dtype and device; receives no gradient.
+        target: the same shape, dtype and device; receives no gradient. Under autocast, two dtypes become the wider one.
         patch_size: side of the window, odd, from 3 to 15.
         backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests.
 
@@ -35,6 +36,8 @@ def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7, *, back
         TypeError, ValueError: an argument has another type, dtype, shape, value or device than stated.
         RuntimeError: the backend asked for is not available.
     """
+    if is_autocast(prediction):
+        prediction, target = promote((prediction, target))
     check_tensor("census_loss", "prediction", prediction)
     check_tensor("census_loss", "target", target)
     check_same_kind("census_loss", "target", target, "prediction", prediction)
@@ -89,3 +92,4 @@ define(
     _fake_backward,
 )
 differentiate("census_loss", _Forward, _definition, _Whole, _backward_definition)
+register_autocast("census_loss", promote)

@@ -1,10 +1,12 @@
 """fused_fuse: warp, weigh and merge three exposures in one pass."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from safnet_ops import reference as references
+from safnet_ops.autocast import is_autocast, promote, register_autocast
 from safnet_ops.autograd import Forward, differentiate, kernel
 from safnet_ops.backends import choose, define
 from safnet_ops.checks import (
@@ -16,6 +18,8 @@ from safnet_ops.checks import (
     unify_geometry,
 )
 from safnet_ops.operators import is_needed
+
+GEOMETRY = range(3, 7)  # the places of flows and masks among the arguments
 
 
 def fused_fuse(
@@ -47,7 +51,8 @@ def fused_fuse(
         short, reference, long: linear radiance (N, C, H, W) of one dtype: float32, float64, float16 or bfloat16.
         flow_short, flow_long: (N, 2, H, W), from the reference to that exposure, x then y, in pixels.
         mask_short, mask_long: (N, 1, H, W) in [0, 1]: how far to trust the warped exposure; or logits of it.
-            Flows and masks: the images' dtype or float32 (float64 for float64 images).
+            Flows and masks: the images' dtype or float32 (float64 for float64 images). Under autocast, pictures and weights of
+            several dtypes become the widest of them, and with float64 anywhere all become float64.
         reference_ldr: (N, C, H, W), the reference's LDR value in [0, 1], in the images' dtype. Either this or `weights`.
         weights: three tensors (N, C, H, W) or (N, 1, H, W) in the images' dtype: base weights >= 0 of short, reference, long.
         mask_logits: the masks are logits; the kernel applies the sigmoid.
@@ -60,6 +65,12 @@ def fused_fuse(
         TypeError, ValueError: an argument has another type, dtype, shape or device than stated.
         RuntimeError: the backend asked for is not available.
     """
+    if is_autocast(short):
+        given = weights if isinstance(weights, tuple | list) else ()
+        tensors = (short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr, *given)
+        tensors = promote(tensors, GEOMETRY)
+        short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr = tensors[:8]
+        weights = tensors[8:] if given else weights
     shape = _check_images(short, reference, long)
     masks_and_flows = {
         "flow_short": flow_short,
@@ -146,3 +157,4 @@ define(
     _fake_backward,
 )
 differentiate("fused_fuse", Forward, _definition)
+register_autocast("fused_fuse", partial(promote, geometry=GEOMETRY))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from safnet_ops import reference
+from safnet_ops.autocast import is_autocast, lower, register_autocast
 from safnet_ops.autograd import Forward, Operation, Result, Rule, differentiate, kernel, pull_back, return_gradients
 from safnet_ops.backends import choose, define
 from safnet_ops.checks import (
@@ -37,7 +38,7 @@ def group_conv_shuffle(
     The convolution pads by `dilation` with zeros and adds `bias`. PReLU has one slope a channel; without `prelu_weight` there
     is no activation. The shuffle (ShuffleNet, section 3.1) moves channel i * C / groups + j to j * groups + i; bias, residual
     and slopes are in the convolution's own order, before it. groups=1 leaves the order as it is. Sums are float32 (float64 for
-    float64). Under autocast all arguments are cast to its dtype, as for any convolution.
+    float64). Under autocast all arguments but those of float64 are cast to its dtype, as for any convolution.
 
     Args:
         input: (N, C_in, H, W), float32, float64, float16 or bfloat16, any strides.
@@ -56,12 +57,9 @@ def group_conv_shuffle(
         TypeError, ValueError: an argument has another type, dtype, shape, value or device than stated.
         RuntimeError: the backend asked for is not available.
     """
-    operands = (input, weight, bias, prelu_weight, residual)
-    if isinstance(input, Tensor) and _is_autocast(input.device.type):
-        kind = torch.get_autocast_dtype(input.device.type)
-        operands = tuple(value.to(kind) if isinstance(value, Tensor) else value for value in operands)  # type: ignore[assignment]
-    _check(*operands, groups, stride, dilation)
-    input, weight, bias, prelu_weight, residual = operands
+    if is_autocast(input):
+        input, weight, bias, prelu_weight, residual = lower((input, weight, bias, prelu_weight, residual))
+    _check(input, weight, bias, prelu_weight, residual, groups, stride, dilation)
     if prelu_weight is not None:
         prelu_weight = prelu_weight.expand(weight.shape[0])
     backend = choose("group_conv_shuffle", input.device, backend)
@@ -71,11 +69,6 @@ def group_conv_shuffle(
             input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual
         )
     return kernel(backend, "group_conv_shuffle")(*operands, groups, stride, dilation, False)[0]
-
-
-def _is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a device; some, such as meta, have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(
@@ -264,3 +257,4 @@ define(
     _fake_backward,
 )
 differentiate("group_conv_shuffle", _Forward, _definition, _Backward, _backward_definition)
+register_autocast("group_conv_shuffle", lower)

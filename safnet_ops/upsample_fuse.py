@@ -1,13 +1,16 @@
 """upsample_fuse: the whole explicit fusion of inference, from the decoder's low-resolution flows and mask logits."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from safnet_ops import reference as references
+from safnet_ops.autocast import is_autocast, promote, register_autocast
 from safnet_ops.autograd import Operation, Result, Rule, differentiate, kernel
 from safnet_ops.backends import choose, define
 from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, unify_geometry
+from safnet_ops.fused_fuse import GEOMETRY
 
 
 def upsample_fuse(
@@ -32,6 +35,7 @@ def upsample_fuse(
         short, reference, long, reference_ldr: (N, C, H, W) of one dtype, as in `fused_fuse`.
         flow_short, flow_long: (N, 2, h, w), x then y, in pixels of their own size.
         mask_short, mask_long: (N, 1, h, w), logits. Flows and masks: the images' dtype or float32 (float64 for float64).
+            Under autocast, what is mixed is promoted as in `fused_fuse`.
         backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests.
 
     Returns:
@@ -42,6 +46,9 @@ def upsample_fuse(
         TypeError, ValueError: an argument has another type, dtype, shape or device than stated.
         RuntimeError: the backend asked for is not available.
     """
+    if is_autocast(short):
+        tensors = (short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr)
+        short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr = promote(tensors, GEOMETRY)
     for name, value in (("short", short), ("reference", reference), ("long", long), ("reference_ldr", reference_ldr)):
         check_tensor("upsample_fuse", name, value)
         check_same_kind("upsample_fuse", name, value, "short", short)
@@ -85,3 +92,4 @@ define(
     _fake,
 )
 differentiate("upsample_fuse", _Rule, references.upsample_fuse)
+register_autocast("upsample_fuse", partial(promote, geometry=GEOMETRY))

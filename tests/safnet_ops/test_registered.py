@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from safnet_ops.operators import OPERATORS
 from tests.support import transforms
 from tests.support.operators import assert_close
-from tests.support.transforms import CALLS, name_of
+from tests.support.transforms import ARGUMENTS, CALLS, name_of
 
 cpp = torch.ops.safnet_ops
 
@@ -22,18 +22,6 @@ cpp = torch.ops.safnet_ops
 def no_compiled_functions():
     """Every test compiles the same lines for another operator, which torch.compile would give up at some time."""
     torch.compiler.reset()
-
-
-# What a call's inputs become as arguments of the registered operator.
-ARGUMENTS = {
-    "warp": lambda image, flow: (image, flow),
-    "fuse by exposure": lambda *inputs: (*inputs, None, None, None, False),
-    "fuse by weights": lambda *inputs: (*inputs[:7], None, *(w.expand(inputs[0].shape) for w in inputs[7:]), True),
-    "upsample": lambda *inputs: inputs,
-    "convolution": lambda *inputs: (*inputs, 2, 2, 1, False),
-    "convolution alone": lambda input, weight: (input, weight, None, None, None, 1, 1, 1, False),
-    "census": lambda prediction, target: (prediction, target, 3, False),
-}
 
 
 def leaves_of(call):

@@ -107,6 +107,18 @@ CALLS = [
 ]
 
 
+# What a call's inputs become as arguments of the registered operator.
+ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "warp": lambda image, flow: (image, flow),
+    "fuse by exposure": lambda *inputs: (*inputs, None, None, None, False),
+    "fuse by weights": lambda *inputs: (*inputs[:7], None, *(w.expand(inputs[0].shape) for w in inputs[7:]), True),
+    "upsample": lambda *inputs: inputs,
+    "convolution": lambda *inputs: (*inputs, 2, 2, 1, False),
+    "convolution alone": lambda input, weight: (input, weight, None, None, None, 1, 1, 1, False),
+    "census": lambda prediction, target: (prediction, target, 3, False),
+}
+
+
 def name_of(value: Any) -> str:
     """Of a call or a transform, for the names of tests."""
     return getattr(value, "name", None) or value.__name__
