@@ -3,7 +3,7 @@
 `python -m safnet_ops.info` tells which kernels this installation has; `safnet_ops.reference` holds their definitions.
 """
 
-from safnet_ops import backends, reference
+from safnet_ops import backends, flops, reference
 from safnet_ops.backends import use_backend
 from safnet_ops.backward_warp import backward_warp
 from safnet_ops.census_loss import census_loss
@@ -24,3 +24,4 @@ __all__ = [
 ]
 
 backends.load()
+flops.register()
