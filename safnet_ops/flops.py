@@ -2,8 +2,8 @@
 
 A forward counts what its definition in `safnet_ops.reference` adds, subtracts, multiplies, divides and takes roots of, with a
 sigmoid as three and a bilinear resize as nine a value; a kernel may need less. A convolution counts two a multiplication, like
-PyTorch's. A backward counts what is recomputed, once, and what each needed gradient takes. `pixels` are N * H * W, `values` those
-times C.
+PyTorch's. A backward counts what is recomputed, once, and what each needed gradient takes. `pixels` are N * H * W, `values`
+those times C.
 """
 
 from collections.abc import Callable
