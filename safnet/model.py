@@ -5,6 +5,8 @@ fine at half size. The explicit fusion merges the exposures from them, and a ref
 Module names are those of the published checkpoints.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import safnet_ops
 from safnet.choices import Variant
+from safnet_ops.autocast import is_autocast
 
 LEVELS = 4
 FEATURES = 40  # channels of every encoder level
@@ -54,8 +57,22 @@ def describe_convolutions() -> str:
     )
 
 
+def computing_dtype(conv: nn.Conv2d) -> torch.dtype:
+    """In which a convolution computes: its weights', or autocast's, which leaves float64 alone."""
+    weight = conv.weight
+    if weight.dtype == torch.float64 or not is_autocast(weight):
+        return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type)
+
+
+def geometry_dtype(pictures: Tensor) -> torch.dtype:
+    """Of flows and masks beside pictures: flows of half precision would be wrong by up to half a pixel."""
+    return torch.promote_types(pictures.dtype, torch.float32)
+
+
 def convolve(x: Tensor, conv: nn.Conv2d, prelu: nn.PReLU | None = None, residual: Tensor | None = None) -> Tensor:
     """prelu(conv(x) + residual) without groups: in one pass where our operator beats the library's convolution."""
+    x = x.to(computing_dtype(conv))
     if x.device.type in BEATS_LIBRARY:
         slopes = None if prelu is None else prelu.weight
         stride, dilation = conv.stride[0], conv.dilation[0]
@@ -80,7 +97,13 @@ class ConvPReLU(nn.Sequential):
         conv, prelu = cast(nn.Conv2d, self[0]), cast(nn.PReLU, self[1])
         if conv.groups == 1:
             return convolve(x, conv, prelu)
+        x = x.to(computing_dtype(conv))
         return safnet_ops.group_conv_shuffle(x, conv.weight, conv.bias, prelu.weight, conv.groups)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The channels of all parts, in the dtype that this layer computes in."""
+        dtype = computing_dtype(cast(nn.Conv2d, self[0]))
+        return torch.cat([part.to(dtype) for part in parts], 1)
 
 
 class Encoder(nn.Module):
@@ -118,7 +141,7 @@ class Decoder(nn.Module):
     def forward(self, short: Tensor, reference: Tensor, long: Tensor, alignment: Alignment) -> Alignment:
         warped_short = safnet_ops.backward_warp(short, alignment.flow_short)
         warped_long = safnet_ops.backward_warp(long, alignment.flow_long)
-        x = self.conv1(torch.cat([warped_short, reference, warped_long, *alignment], 1))
+        x = self.conv1(self.conv1.join([warped_short, reference, warped_long, *alignment]))
         x = self.conv4(self.conv3(self.conv2(x)))  # grouped, with a channel shuffle after each
         change = self.conv6(self.conv5(x))
         upsampled = [F.interpolate(part, scale_factor=2.0, mode="bilinear", align_corners=False) for part in alignment]
@@ -174,7 +197,9 @@ class FullRefine(nn.Module):
 
     def features(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """What the last layer makes the residual of: (N, 80, H, W)."""
-        x = torch.cat([warped[0], self.conv1(torch.cat([reference, *_refine_inputs(fusion)], 1)), warped[1]], 1)
+        first = cast(ConvPReLU, self.conv1[0])
+        x = self.conv1(first.join([reference, *_refine_inputs(fusion)]))
+        x = first.join([warped[0], x, warped[1]])
         for number in range(1, len(self.DILATIONS) + 1):
             x = self.get_submodule(f"resblock{number}")(x)
         return x
@@ -212,7 +237,8 @@ class SmallRefine(nn.Module):
 
     def features(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """What the last layer makes the residual of: (N, 32, H, W)."""
-        x = torch.cat([warped[0], reference, warped[1], *_refine_inputs(fusion)], 1)
+        first = cast(ConvPReLU, self.get_submodule("conv1"))
+        x = first.join([warped[0], reference, warped[1], *_refine_inputs(fusion)])
         for number in range(1, len(self.DILATIONS) + 1):
             x = self.get_submodule(f"conv{number}")(x)
         return x
@@ -231,6 +257,9 @@ class SAFNet(nn.Module):
 
     Exposures are (N, 6, H, W) as `safnet.radiance.exposure_input` makes them: linear RGB in the short exposure's units, then
     LDR RGB, all in [0, 1]. Results are linear radiance (N, 3, H, W) in [0, 1] in the same units, aligned to the reference.
+
+    Exposures, weights and autocast may differ in dtype. Features have the weights' dtype, or autocast's; flows and masks are
+    float32, or float64; results have the exposures' dtype.
     """
 
     def __init__(self, variant: Variant = "full") -> None:
@@ -274,13 +303,17 @@ class SAFNet(nn.Module):
                 f"got {tuple(short.shape)}"
             )
         finest = self.encoder.get_submodule("pyramid1")
-        return self.decoder(finest(short), finest(reference), finest(long), alignment)
+        features = [finest(exposure) for exposure in (short, reference, long)]
+        return self.decoder(*features, _with_dtype(alignment, geometry_dtype(features[0])))
 
     def _decode(self, exposures: list[Tensor]) -> list[Alignment]:
         pyramids = [self.encoder(exposure) for exposure in exposures]
-        n, _, height, width = pyramids[0][-1].shape
-        # In the exposures' type, which autocast leaves alone: half-precision flows would be wrong by up to half a pixel.
-        alignment = Alignment(*(exposures[0].new_zeros(n, channels, height, width) for channels in (2, 2, 1, 1)))
+        coarsest = pyramids[0][-1]
+        n, _, height, width = coarsest.shape
+        dtype = geometry_dtype(coarsest)
+        alignment = Alignment(
+            *(coarsest.new_zeros(n, channels, height, width, dtype=dtype) for channels in (2, 2, 1, 1))
+        )
         levels = []
         for level in reversed(range(LEVELS)):
             alignment = self.decoder(*(pyramid[level] for pyramid in pyramids), alignment)
@@ -290,20 +323,25 @@ class SAFNet(nn.Module):
     def fuse(self, short: Tensor, reference: Tensor, long: Tensor, alignment: Alignment) -> Fusion:
         """The explicit fusion from `estimate`'s alignment, and that alignment resized to the full size."""
         images = short[:, 0:3], reference[:, 0:3], long[:, 0:3]
-        fused, *aligned = safnet_ops.upsample_fuse(*images, *alignment, reference[:, 3:6])
+        low = _with_dtype(alignment, geometry_dtype(short))
+        fused, *aligned = safnet_ops.upsample_fuse(*images, *low, reference[:, 3:6])
         return Fusion(fused, Alignment(*aligned))
 
     def refine(self, short: Tensor, reference: Tensor, long: Tensor, fusion: Fusion) -> Tensor:
         """The refined result from the explicit fusion."""
         warped = self.warp_features(short, long, fusion.alignment)
-        return (fusion.fused + self.refinenet.body(warped, reference, fusion)).clamp(0, 1)
+        refined = fusion.fused + self.refinenet.body(warped, reference, fusion)
+        return refined.clamp(0, 1).to(fusion.fused.dtype)
 
     def warp_features(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
         """The refine module's features of the outer exposures, aligned to the reference."""
-        return (
-            safnet_ops.backward_warp(self.refinenet.short_features(short), alignment.flow_short),
-            safnet_ops.backward_warp(self.refinenet.long_features(long), alignment.flow_long),
-        )
+        of_short, of_long = self.refinenet.short_features(short), self.refinenet.long_features(long)
+        flow_short, flow_long, _, _ = _with_dtype(alignment, geometry_dtype(of_short))
+        return safnet_ops.backward_warp(of_short, flow_short), safnet_ops.backward_warp(of_long, flow_long)
+
+
+def _with_dtype(alignment: Alignment, dtype: torch.dtype) -> Alignment:
+    return Alignment(*(part.to(dtype) for part in alignment))
 
 
 def network_size(height: int, width: int, scale_factor: float) -> tuple[int, int]:
@@ -314,11 +352,13 @@ def network_size(height: int, width: int, scale_factor: float) -> tuple[int, int
 
 
 def _round_up(side: float) -> int:
-    return max(1, -int(-side // SIZE_MULTIPLE)) * SIZE_MULTIPLE
+    # In forms that stay formulas of the side where a program for any size is traced.
+    return torch.sym_max(1, math.ceil(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE
 
 
 def _resize(exposure: Tensor, size: tuple[int, int]) -> Tensor:
-    if exposure.shape[2:] == size:
+    # Traced, the comparison would make a program for this size alone.
+    if not torch.compiler.is_compiling() and exposure.shape[2:] == size:
         return exposure
     return F.interpolate(exposure, size, mode="bilinear", align_corners=False)
 
@@ -331,5 +371,5 @@ def _check_exposures(short: Tensor, reference: Tensor, long: Tensor) -> None:
                 f"SAFNet: {name} must be (N, 6, H, W), the same for all exposures, got {tuple(exposure.shape)} "
                 f"beside a reference of {tuple(expected)}"
             )
-        if min(exposure.shape[2:]) == 0:
+        if 0 in exposure.shape[2:]:
             raise ValueError(f"SAFNet: {name} must not be empty, got {tuple(exposure.shape)}")

@@ -108,8 +108,8 @@ def fused_fuse(
 
 def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
     """Resize a flow field bilinearly (align_corners False) and rescale its x and y by the true ratios of the sides."""
-    ratio = flow.new_tensor([width / flow.shape[3], height / flow.shape[2]]).view(1, 2, 1, 1)
-    return F.interpolate(flow, (height, width), mode="bilinear", align_corners=False) * ratio
+    x, y = F.interpolate(flow, (height, width), mode="bilinear", align_corners=False).unbind(1)
+    return torch.stack([x * (width / flow.shape[3]), y * (height / flow.shape[2])], 1)
 
 
 def upsample_alignment(low: Sequence[Tensor], image: Tensor) -> list[Tensor]:
