@@ -271,6 +271,12 @@ def vmap_of_jvp(call: Call, function: Function) -> Any:
     return torch.func.vmap(tangents)(_batches(call), [batch.flip(0) for batch in _batches(call)])
 
 
+def jvp_of_vmap(call: Call, function: Function) -> Any:
+    batches = _batches(call)
+    fixed, values = _fixed(call, torch.func.vmap(function), batches)
+    return torch.func.jvp(fixed, tuple(values), tuple(batch.flip(0) for batch in values))
+
+
 def autograd_around_vmap(call: Call, function: Function) -> Any:
     batches = _batches(call)
     leaves = [value.requires_grad_() for value in batches[: call.differentiable]]
@@ -304,6 +310,7 @@ TRANSFORMS = [
     vmap_of_gradient_of_each,
     gradient_of_vmap,
     vmap_of_jvp,
+    jvp_of_vmap,
     autograd_around_vmap,
     functionalize,
     gradient_of_functionalize,
