@@ -70,6 +70,7 @@ def test_opcheck_with_gradients(call):
     torch.library.opcheck(getattr(cpp, call.operator).default, ARGUMENTS[call.name](*leaves_of(call)))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="PyTorch 2.11 fails to trace torch.func.vjp inside a backward")
 @pytest.mark.parametrize("call", [call for call in CALLS if OPERATORS[call.operator].differentiable], ids=name_of)
 def test_opcheck_of_backward_operators_with_gradients(call):
     torch.library.opcheck(getattr(cpp, f"{call.operator}_backward").default, backward_arguments(call))
