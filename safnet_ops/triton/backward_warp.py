@@ -101,7 +101,8 @@ def _backward(
     point, inside = sampling_point(flow, strides.flow, n, y, x, valid_pixel, height, width, CHANNELS_LAST, ACC)
     inside_x, inside_y, known = inside
     source = grad_out + over_channels(offset(n, 0, y, x, strides.grad_out), CHANNELS_LAST)
-    valid, known = over_channels(valid_pixel, CHANNELS_LAST), over_channels(known, CHANNELS_LAST)
+    # Where the flow is NaN, so is the result whatever the image, and passes no gradient on.
+    valid = over_channels(valid_pixel & known, CHANNELS_LAST)
     quanta = tl.load(scale) if DETERMINISTIC else 0.0
     slope_x = tl.zeros([BLOCK], ACC)
     slope_y = tl.zeros([BLOCK], ACC)
@@ -118,7 +119,7 @@ def _backward(
             slope_y += sum_channels(tl.where(mask, g * down, 0.0), CHANNELS_LAST)
         if NEED_IMAGE:
             at = strides.grad_image
-            scatter_corners(grad_image, grad_image_exact, at, n, c, point, g, quanta, mask & known, DETERMINISTIC)
+            scatter_corners(grad_image, grad_image_exact, at, n, c, point, g, quanta, mask, DETERMINISTIC)
     if NEED_FLOW:
         at = grad_flow + offset(n, 0, y, x, strides.grad_flow)
         kind: tl.constexpr = grad_flow.dtype.element_ty

@@ -44,7 +44,7 @@ def sampling_point(flow, strides, n, y, x, valid, height, width, CHANNELS_LAST: 
 
 @triton.jit
 def move_pixel(move_x, move_y, y, x, height, width, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr):
-    """Where moves lead: the sampling point; and, for each pixel, whether x and y are inside, and neither is NaN.
+    """Where moves lead: the sampling point; and, for each pixel, whether x and y are inside, and whether neither is NaN.
 
     Where one is NaN, the sample is, and depends on the other no more.
     """
