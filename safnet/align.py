@@ -8,6 +8,7 @@ frame needs: all from a coarsest size on, then finer ones as long as they make t
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,7 +102,7 @@ def align(
         exposure_input(straighten(frame).to(device), ratio)
         for frame, ratio in zip(_without_motion(bracket), exposure_ratios(evs), strict=True)
     ]
-    alignment, disagreement = _finest_worthwhile(model, exposures, exposure_ratios(evs)[1])
+    alignment, disagreement = _finest_worthwhile(model, exposures, exposure_ratios(evs))
     return _with_motion(alignment, disagreement, bracket)
 
 
@@ -109,23 +110,30 @@ def full_size(alignment: Alignment, height: int, width: int, rows: slice, column
     """Rows and columns of the alignment resized to height x width: flows in its pixels, masks as probabilities."""
     low_height, low_width = alignment.flow_short.shape[2:]
     flow_scale = alignment.flow_short.new_tensor([width / low_width, height / low_height]).view(1, 2, 1, 1)
-    stacked = torch.cat(alignment, 1)
-    stacked = _resample(_resample(stacked, 2, height, rows), 3, width, columns)
+    lower, upper, fraction = _neighbours(low_height, height, rows)
+    first, last = int(lower[0]), int(upper[-1])
+    # Along rows, the slow way through memory, on the few rows that are needed; then along columns.
+    stacked = torch.cat([field[:, :, first : last + 1] for field in alignment], 1)
+    stacked = _between(stacked, 3, *_neighbours(low_width, width, columns))
+    stacked = _between(stacked, 2, lower - first, upper - first, fraction)
     flow_short, flow_long, mask_short, mask_long = stacked.split([2, 2, 1, 1], 1)
     return Alignment(flow_short * flow_scale, flow_long * flow_scale, mask_short.sigmoid(), mask_long.sigmoid())
 
 
-def _resample(values: Tensor, axis: int, length: int, part: slice) -> Tensor:
-    """A part of what bilinear interpolation to `length` along an axis gives (align_corners False)."""
-    size = values.shape[axis]
-    position = (torch.arange(part.start, part.stop, device=values.device, dtype=values.dtype) + 0.5) * (
-        size / length
-    ) - 0.5
+def _neighbours(size: int, length: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """For a part of what interpolation of `size` values to `length` gives (align_corners False): between which values each
+    lies, and how far from the first of them.
+    """
+    position = (torch.arange(part.start, part.stop, dtype=torch.float64) + 0.5) * (size / length) - 0.5
     position = position.clamp(0, size - 1)
-    lower = position.long().clamp(max=max(size - 2, 0))
-    fraction = (position - lower).view(-1, *(1,) * (3 - axis))
-    upper = (lower + 1).clamp(max=size - 1)
-    return torch.lerp(values.index_select(axis, lower), values.index_select(axis, upper), fraction)
+    lower = position.long()
+    return lower, (lower + 1).clamp(max=size - 1), position - lower
+
+
+def _between(values: Tensor, axis: int, lower: Tensor, upper: Tensor, fraction: Tensor) -> Tensor:
+    """Linear interpolation along an axis, as `_neighbours` says."""
+    below, above = (values.index_select(axis, number.to(values.device)) for number in (lower, upper))
+    return torch.lerp(below, above, fraction.to(values).view(-1, *(1,) * (3 - axis)))
 
 
 def _reduce(frame: Tensor) -> Tensor:
@@ -135,10 +143,17 @@ def _reduce(frame: Tensor) -> Tensor:
     if factor >= 1:
         return ldr_values(frame)
     size = max(1, round(height * factor)), max(1, round(width * factor))
-    if frame.dtype == torch.uint8 and factor < 0.25:
-        # In integers first, which is several times faster; their rounding is averaged out by the second step.
-        frame = _interpolate(frame, (2 * size[0], 2 * size[1]))
-    return torch.cat([_interpolate(ldr_values(frame[:, c : c + 1]), size) for c in range(frame.shape[1])], 1)
+    if not frame.is_floating_point() and factor < 0.4:
+        # In integers first, which is ten times faster; their rounding is averaged out by the second step.
+        frame = _mean_of_areas(frame, (2 * size[0], 2 * size[1]))
+    return _mean_of_areas(ldr_values(frame), size)
+
+
+def _mean_of_areas(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """Means of the areas (1, 3, *size) that pixels cover, in the frame's type."""
+    picture = frame[0].permute(1, 2, 0).cpu().contiguous().numpy()
+    shrunk = cv2.resize(picture, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(shrunk).permute(2, 0, 1)[None].contiguous()
 
 
 def _interpolate(frame: Tensor, size: tuple[int, int]) -> Tensor:
@@ -166,17 +181,17 @@ def network_sizes(height: int, width: int) -> list[tuple[int, int]]:
     return sizes
 
 
-def _finest_worthwhile(model: SAFNet, exposures: list[Tensor], ratio: float) -> tuple[Alignment, float]:
+def _finest_worthwhile(model: SAFNet, exposures: list[Tensor], ratios: Sequence[float]) -> tuple[Alignment, float]:
     """The network's alignment at the size beyond which the frames get hardly more alike, and how unlike they are left."""
     best, least = None, float("nan")
     for size in network_sizes(*exposures[1].shape[2:]):
         short, reference, long = (_interpolate(exposure, size) for exposure in exposures)
         if best is None:
             best = model.estimate(short, reference, long, scale_factor=1.0)
-            least = disagreement(exposures, best, ratio)
+            least = disagreement(exposures, best, ratios)
             continue
         finer = model.refine_alignment(short, reference, long, best)
-        left = disagreement(exposures, finer, ratio)
+        left = disagreement(exposures, finer, ratios)
         if not left <= WORTHWHILE * least:
             return (finer, left) if left < least else (best, least)
         best, least = finer, left
@@ -184,26 +199,30 @@ def _finest_worthwhile(model: SAFNet, exposures: list[Tensor], ratio: float) -> 
     return best, least
 
 
-def disagreement(exposures: Sequence[Tensor], alignment: Alignment, ratio: float) -> float:
+def disagreement(exposures: Sequence[Tensor], alignment: Alignment, ratios: Sequence[float]) -> float:
     """Mean difference in LDR values, at most LARGEST_DISAGREEMENT each, of the aligned outer exposures from the reference,
     where both are well exposed; NaN where that is nowhere.
 
     Args:
         exposures: short, reference, long (1, 6, h, w) as of `exposure_input`.
-        ratio: the reference's exposure ratio.
+        ratios: their exposure ratios.
     """
-    short, reference, long = exposures
+    short, reference, long = (exposure[:, 3:6] for exposure in exposures)
     height, width = reference.shape[2:]
     aligned = full_size(alignment, height, width, slice(0, height), slice(0, width))
     total, count = 0.0, 0
-    for exposure, flow in ((short, aligned.flow_short), (long, aligned.flow_long)):
-        warped = safnet_ops.backward_warp(exposure, flow)
-        exposed = _well_exposed(reference[:, 3:6]) & _well_exposed(warped[:, 3:6])
-        as_reference = (warped[:, 0:3] * ratio).clamp(0, 1).pow(1 / GAMMA)
-        different = (as_reference - reference[:, 3:6]).abs().clamp(max=LARGEST_DISAGREEMENT)
-        total += float(different[exposed].sum())
+    for frame, flow, ratio in ((short, aligned.flow_short, ratios[0]), (long, aligned.flow_long, ratios[2])):
+        warped = safnet_ops.backward_warp(frame, flow)
+        exposed = _well_exposed(reference) & _well_exposed(warped)
+        different = (_exposed_as(warped, ratio, ratios[1]) - reference).abs_().clamp_(max=LARGEST_DISAGREEMENT)
+        total += float((different * exposed).sum())
         count += int(exposed.sum())
     return total / count if count else float("nan")
+
+
+def _exposed_as(ldr: Tensor, ratio: float, other: float) -> Tensor:
+    """LDR values of a frame with an exposure ratio as they would be with the other one."""
+    return (ldr * (other / ratio) ** (1 / GAMMA)).clamp_(0, 1)
 
 
 def exposed_alike(frame: Tensor, reference: Tensor, flow: Tensor, ev: float, reference_ev: float) -> Tensor:
@@ -218,7 +237,7 @@ def exposed_alike(frame: Tensor, reference: Tensor, flow: Tensor, ev: float, ref
     frame, reference = (_interpolate(picture, (height, width)) for picture in (frame, reference))
     aligned = safnet_ops.backward_warp(frame, flow)
     exposed = (_well_exposed(aligned) & _well_exposed(reference)).all(1)
-    as_reference = (aligned * 2 ** ((reference_ev - ev) / GAMMA)).clamp(0, 1)
+    as_reference = _exposed_as(aligned, 2.0**ev, 2.0**reference_ev)
     return (as_reference - reference).abs().amax(1).masked_fill(~exposed, torch.nan).flatten()
 
 

@@ -19,8 +19,9 @@ from safnet.merge import measure_noise, trust_in_refining, weigh_by_noise
 from safnet.model import Alignment, Fusion, SAFNet
 from safnet.radiance import INTEGER_SCALES, exposure_input, exposure_ratios, ldr_values
 
-TILE = 768  # pixels a side; larger ones waste less on margins, smaller ones stay in buffers that are used again
+TILE = 448  # pixels a side: larger ones waste less on margins, smaller ones need less memory
 WHOLE_PIXELS = 2 * 1024**2  # frames up to this are fused in one piece
+NO_SURPRISE = 0.05  # stops between given and measured exposures that do not change an alignment
 SAMPLES, SAMPLE = 4, 160  # places along each side where noise is measured, and their pixels
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
@@ -85,8 +86,9 @@ def fuse_exposures(
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         progress("aligning", 0, 1)
         bracket = reduce_frames(frames, evs, global_motion) if alignment == "frame" else None
-        found = _calibrate(model, frames, bracket, evs) if measure else Calibration(tuple(evs))
-        aligned = _align(model, frames, bracket, found)
+        found, aligned = _calibrate(model, frames, bracket, evs) if measure else (Calibration(tuple(evs)), None)
+        if aligned is None:
+            aligned = _align(model, frames, bracket, found)
         advice = advise(bracket, aligned, found, evs) if bracket is not None and measure else ()
         noise = _measure_noise(model, frames, found, aligned.alignment) if bracket is not None else None
         progress("aligning", 1, 1)
@@ -131,21 +133,32 @@ def _whole_exposures(
     return short, reference, long
 
 
-def _calibrate(model: SAFNet, frames: Sequence[Tensor], bracket: Bracket | None, evs: Sequence[float]) -> Calibration:
-    device = next(model.parameters()).device
-    if bracket is not None:
-        reduced = bracket
-        return calibrate(bracket.frames, evs, lambda _, evs: align(model, reduced, evs).visible_flows())
-    return calibrate(
-        [ldr_values(frame) for frame in frames],
-        evs,
-        lambda frames, evs: model.estimate(*_whole_exposures(frames, Calibration(tuple(evs)), device))[:2],
-    )
+def _calibrate(
+    model: SAFNet, frames: Sequence[Tensor], bracket: Bracket | None, evs: Sequence[float]
+) -> tuple[Calibration, Aligned | None]:
+    """What the frames show of curve and exposures, and the alignment found on the way if another would hardly differ."""
+    given = Calibration(tuple(evs))
+    seen: list[Aligned] = []
+
+    def flows(frames: Sequence[Tensor], evs: Sequence[float]) -> tuple[Tensor, Tensor]:
+        if bracket is None:
+            return _align_as_published(model, frames, given).visible_flows()
+        seen.append(align(model, bracket, evs))
+        return seen[0].visible_flows()
+
+    found = calibrate(bracket.frames if bracket is not None else [ldr_values(frame) for frame in frames], evs, flows)
+    surprise = max(abs(first - second) for first, second in zip(found.evs, evs, strict=True))
+    as_given = found.curve is None and surprise <= NO_SURPRISE
+    return found, seen[0] if seen and as_given else None
 
 
 def _align(model: SAFNet, frames: Sequence[Tensor], bracket: Bracket | None, calibration: Calibration) -> Aligned:
     if bracket is not None:
         return align(model, bracket, calibration.evs, calibration.straighten)
+    return _align_as_published(model, frames, calibration)
+
+
+def _align_as_published(model: SAFNet, frames: Sequence[Tensor], calibration: Calibration) -> Aligned:
     device = next(model.parameters()).device
     found = model.estimate(*_whole_exposures(frames, calibration, device))
     return Aligned(found, float("nan"), (1.0, 1.0))
@@ -160,8 +173,7 @@ class _Warped(NamedTuple):
     """What one tile of the frame is fused from: everything aligned to the reference.
 
     Attributes:
-        short, long: radiance (1, 3, h, w).
-        reference: (1, 6, h, w), as of `exposure_input`.
+        short, reference, long: (1, 6, h, w), as of `exposure_input`.
         features: the refine module's, of short and long.
         alignment: flows and masks of the tile.
     """
@@ -194,9 +206,10 @@ def _warp_part(
     def warped(number: int, flow: Tensor, features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         source, moved = _source_of(flow, part, (height, width), model.refinenet.FEATURE_RADIUS)
         cut = exposure(number, source)
-        found = safnet_ops.backward_warp(torch.cat([cut[:, 0:3], features(cut)], 1), moved)
+        seen = features(cut)
+        found = safnet_ops.backward_warp(cut if seen is cut else torch.cat([cut, seen], 1), moved)
         found = found[..., : flow.shape[2], : flow.shape[3]]
-        return found[:, 0:3], found[:, 3:]
+        return found[:, 0:6], found if seen is cut else found[:, 6:]
 
     short, short_features = warped(0, aligned.flow_short, model.refinenet.short_features)
     long, long_features = warped(2, aligned.flow_long, model.refinenet.long_features)
@@ -211,11 +224,11 @@ def _measure_noise(model: SAFNet, frames: Sequence[Tensor], calibration: Calibra
         for rows in _samples(height)
         for columns in _samples(width)
     ]
-    long, reference_ldr = (
-        torch.cat([part.flatten(2) for part in parts], 2)[..., None]
-        for parts in ([place.long for place in places], [place.reference[:, 3:6] for place in places])
+    long, reference = (
+        torch.cat([exposure.flatten(2) for exposure in exposures], 2)[..., None]
+        for exposures in ([place.long for place in places], [place.reference for place in places])
     )
-    return measure_noise(long, reference_ldr, exposure_ratios(calibration.evs))
+    return measure_noise(long, reference, exposure_ratios(calibration.evs))
 
 
 def _samples(length: int) -> list[slice]:
@@ -243,7 +256,7 @@ def _fuse_tile(
     )
     part = _warp_part(model, frames, calibration, alignment, (outer[0], outer[1]))
     still = torch.zeros_like(part.alignment.flow_short)
-    images = part.short, part.reference[:, 0:3], part.long, still, still
+    images = part.short[:, 0:3], part.reference[:, 0:3], part.long[:, 0:3], still, still
     if noise is None:
         aligned = part.alignment
         fused = safnet_ops.fused_fuse(*images, aligned.mask_short, aligned.mask_long, part.reference[:, 3:6])

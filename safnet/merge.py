@@ -33,18 +33,17 @@ LEAST_SHORT = 1e-2  # weight of the short exposure where it clips itself: no oth
 LEAST_WEIGHT = 1e-6  # of the reference, so that no pixel is without weight
 
 
-def measure_noise(long: Tensor, reference_ldr: Tensor, ratios: Sequence[float]) -> Tensor:
+def measure_noise(long: Tensor, reference: Tensor, ratios: Sequence[float]) -> Tensor:
     """Mean difference in LDR values (LEVELS,) of the aligned long exposure from the reference, by the reference's level; 0
     where there are too few values.
 
     Args:
-        long: radiance (N, 3, H, W) in the short exposure's units, warped to the reference.
-        reference_ldr: LDR values (N, 3, H, W) in [0, 1].
+        long, reference: (N, 6, H, W), as of `exposure_input`, long warped to the reference.
         ratios: exposure ratios of short, reference and long.
     """
-    difference, readable = _differences(long, reference_ldr, ratios)
-    level = _level(reference_ldr)[readable]
-    values = difference[readable]
+    difference, readable = _differences(long, reference, ratios)
+    readable = readable.expand_as(difference)
+    level, values = _level(reference[:, 3:6])[readable], difference[readable]
     counts = level.bincount(minlength=LEVELS).tolist()
     groups = values[level.argsort()].split(counts)
     medians = [group.median() if len(group) >= FEWEST_AT_LEVEL else values.new_zeros(()) for group in groups]
@@ -59,31 +58,33 @@ def weigh_by_noise(
     Without noise they are the triangle functions and the mask as it is.
 
     Args:
-        short, long: radiance (N, 3, H, W) in the short exposure's units, warped to the reference.
-        reference: (N, 6, H, W), as of `exposure_input`.
+        short, reference, long: (N, 6, H, W), as of `exposure_input`, the outer ones warped to the reference.
         mask_long: in [0, 1].
         ratios: exposure ratios of short, reference and long.
         noise: as of `measure_noise`.
     """
-    radiance, reference_ldr = reference[:, 0:3], reference[:, 3:6]
-    difference, readable = _differences(long, reference_ldr, ratios)
-    expected = _box_mean(noise[_level(reference_ldr)])
-    share = _smoothstep(expected.amax(1, keepdim=True), NOISELESS, NOISY)
-    unlike = (_box_mean(difference) / (expected + 1e-4)).amax(1, keepdim=True)
-    agrees = torch.where(readable.all(1, keepdim=True), 1 - _smoothstep(unlike, AGREES, DIFFERS), 0)
+    reference_ldr = reference[:, 3:6]
     triangle = triangle_weights(reference_ldr)
+    expected = noise.index_select(0, _level(reference_ldr).flatten()).view_as(reference_ldr)
+    if not expected.max() > NOISELESS:
+        return triangle, mask_long
+    expected = _box_mean(expected)
+    share = _smoothstep(_largest(expected), NOISELESS, NOISY)
+    difference, readable = _differences(long, reference, ratios)
+    unlike = _largest(_box_mean(difference) / (expected + 1e-4))
+    agrees = _smoothstep(unlike, DIFFERS, AGREES) * readable
     inverse = [
-        ratio**NOISE_EXPONENT * (1 - _smoothstep(_as_exposed(exposure, ratio), FADING, CLIPPED))
-        for exposure, ratio in zip((short, radiance, long), ratios, strict=True)
+        ((CLIPPED - exposure[:, 3:6]) * (ratio**NOISE_EXPONENT / (CLIPPED - FADING))).clamp(0, ratio**NOISE_EXPONENT)
+        for exposure, ratio in zip((short, reference, long), ratios, strict=True)
     ]
     inverse[0] = inverse[0].clamp(min=LEAST_SHORT)
     inverse[1] = inverse[1] + LEAST_WEIGHT
     for number in (0, 2):
         # The masks mean something only where the triangle function gives that exposure weight.
         inverse[number] = inverse[number] * (triangle[number] / FULL_WEIGHT).clamp(max=1)
-    total = inverse[0] + inverse[1] + inverse[2]
+    part = share / (inverse[0] + inverse[1] + inverse[2])
     short_weight, reference_weight, long_weight = (
-        torch.lerp(plain, weight / total, share) for plain, weight in zip(triangle, inverse, strict=True)
+        torch.addcmul(plain * (1 - share), weight, part) for plain, weight in zip(triangle, inverse, strict=True)
     )
     return (short_weight, reference_weight, long_weight), torch.maximum(mask_long, agrees * share)
 
@@ -95,24 +96,22 @@ def trust_in_refining(reference_ldr: Tensor) -> Tensor:
     and blue clip, and green is noise.
     """
     clipped = reference_ldr >= CLIPPED
+    if not clipped.any():
+        return torch.ones_like(reference_ldr[:, 0:1])
     some = clipped.any(1, keepdim=True) & ~clipped.all(1, keepdim=True)
-    rest = reference_ldr.masked_fill(clipped, 0).amax(1, keepdim=True)
+    rest = _largest(reference_ldr.masked_fill(clipped, 0))
     return torch.where(some, _smoothstep(rest, *TELLING), 1)
 
 
-def _differences(long: Tensor, reference_ldr: Tensor, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Absolute differences of the long exposure, exposed as the reference, from it, and where they can be read."""
-    readable = (reference_ldr < READABLE) & (_as_exposed(long, ratios[2]) < CLIPPED)
-    return (_as_exposed(long, ratios[1]) - reference_ldr).abs(), readable
+def _differences(long: Tensor, reference: Tensor, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Absolute differences of the long exposure, exposed as the reference, from it, and where all can be read (N, 1, H, W)."""
+    long_ldr, reference_ldr = long[:, 3:6], reference[:, 3:6]
+    readable = (_largest(reference_ldr) < READABLE) & (_largest(long_ldr) < CLIPPED)
+    return (long_ldr * (ratios[1] / ratios[2]) ** (1 / GAMMA) - reference_ldr).abs(), readable
 
 
 def _level(ldr: Tensor) -> Tensor:
-    return (ldr.clamp(0, 1).sqrt() * LEVELS).long().clamp(max=LEVELS - 1)
-
-
-def _as_exposed(radiance: Tensor, ratio: float) -> Tensor:
-    """LDR values of radiance in the short exposure's units, exposed with a ratio."""
-    return (radiance * ratio).clamp(0, 1).pow(1 / GAMMA)
+    return (ldr.clamp(0, 1).sqrt() * LEVELS).int().clamp(max=LEVELS - 1)
 
 
 def _smoothstep(values: Tensor, low: float, high: float) -> Tensor:
@@ -121,5 +120,19 @@ def _smoothstep(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def _box_mean(values: Tensor) -> Tensor:
-    side = 2 * NEIGHBOURHOOD + 1
-    return F.avg_pool2d(values, side, 1, NEIGHBOURHOOD, count_include_pad=False)
+    # Sums of shifted pictures, along rows and then along columns, take a fifth of the time of a pooling operator.
+    side, (height, width) = 2 * NEIGHBOURHOOD + 1, values.shape[2:]
+    padded = F.pad(values, (NEIGHBOURHOOD,) * 4, mode="replicate")
+    rows = padded[..., 0:width].clone()
+    for shift in range(1, side):
+        rows += padded[..., shift : shift + width]
+    sums = rows[..., 0:height, :].clone()
+    for shift in range(1, side):
+        sums += rows[..., shift : shift + height, :]
+    return sums.mul_(1 / side**2)
+
+
+def _largest(of_colours: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, 1, H, W); several times as fast as `amax`."""
+    red, green, blue = of_colours.split(1, 1)
+    return torch.maximum(torch.maximum(red, green), blue)

@@ -11,21 +11,20 @@ SHOT, READ = 2e-4, 1e-3
 
 
 def shoot(radiance):
-    """Radiance of three exposures of a still scene with photon and reading noise, and the reference's input."""
+    """Three exposures of a still scene with photon and reading noise, as of `exposure_input`."""
     torch.manual_seed(4)
     seen = []
     for ratio in RATIOS:
         light = (radiance * ratio).clamp(0, 1)
         noisy = light + torch.randn_like(light) * (SHOT * light + READ**2).sqrt()
-        seen.append(noisy.clamp(0, 1).pow(1 / 2.2).pow(2.2) / ratio)
-    short, reference, long = seen
-    return short, exposure_input((reference * RATIOS[1]).pow(1 / 2.2), RATIOS[1]), long
+        seen.append(exposure_input(noisy.clamp(0, 1).pow(1 / 2.2), ratio))
+    return seen
 
 
 def fuse(short, reference, long, mask_long, noise):
     weights, mask = weigh_by_noise(short, reference, long, mask_long, RATIOS, noise)
     still = torch.zeros(1, 2, *short.shape[2:])
-    images = short, reference[:, 0:3], long, still, still
+    images = short[:, 0:3], reference[:, 0:3], long[:, 0:3], still, still
     return safnet_ops.fused_fuse(*images, torch.zeros_like(mask), mask, weights=weights), mask
 
 
@@ -38,9 +37,9 @@ def dark_scene():
 def test_darks_are_no_noisier_than_the_long_exposure():
     radiance, undecided = dark_scene()
     short, reference, long = shoot(radiance)
-    noise = measure_noise(long, reference[:, 3:6], RATIOS)
+    noise = measure_noise(long, reference, RATIOS)
     fused, mask = fuse(short, reference, long, undecided, noise)
-    error, of_long, of_reference = (((x - radiance) / radiance).std() for x in (fused, long, reference[:, 0:3]))
+    error, of_long, of_reference = (((x - radiance) / radiance).std() for x in (fused, long[:, 0:3], reference[:, 0:3]))
     assert of_reference > 2 * of_long
     assert error < 1.1 * of_long
     assert mask.mean() > 0.95
@@ -51,8 +50,8 @@ def test_darks_are_no_noisier_than_the_long_exposure():
 def test_what_moved_is_not_trusted_for_its_noise():
     radiance, undecided = dark_scene()
     short, reference, long = shoot(radiance)
-    noise = measure_noise(long, reference[:, 3:6], RATIOS)
-    long[..., 30:60, 40:80] *= 2.0
+    noise = measure_noise(long, reference, RATIOS)
+    long[..., 30:60, 40:80] *= 2.0**0.5
     _, mask = fuse(short, reference, long, undecided, noise)
     torch.testing.assert_close(mask[..., 35:55, 45:75], undecided[..., 35:55, 45:75])
     assert mask[..., :25, :].mean() > 0.95
@@ -69,11 +68,11 @@ def test_without_noise_weights_and_mask_are_those_of_the_paper():
 
 def test_the_short_exposure_serves_what_clips_in_it():
     """Brighter than everything: the reference, clipped, tells less than the short exposure does."""
-    bright = torch.full((1, 3, 16, 16), 0.999)
-    reference = exposure_input(torch.ones(1, 3, 16, 16), RATIOS[1])
-    weights, _ = weigh_by_noise(
-        bright, reference, torch.full_like(bright, 1 / 16), torch.ones(1, 1, 16, 16), RATIOS, torch.full((24,), 0.02)
+    clipped, undecided = torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
+    short, reference, long = (
+        exposure_input(ldr, ratio) for ldr, ratio in zip((0.999 * clipped, clipped, clipped), RATIOS, strict=True)
     )
+    weights, _ = weigh_by_noise(short, reference, long, undecided, RATIOS, torch.full((24,), 0.02))
     assert (weights[0] > 0.99).all()
 
 
