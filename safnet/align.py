@@ -25,6 +25,8 @@ DARKEST, BRIGHTEST = 0.03, 0.96  # LDR values between which two exposures can be
 LARGEST_DISAGREEMENT = (
     0.1  # of LDR values: beyond it what a pixel shows is something else, and how else does not matter
 )
+STILL = 2.0  # pixels of the network's size, up to which a flow may be an error of what did not move
+STILL_RADIUS = 4  # pixels to each side over which frames are compared with flow and without
 HIDDEN = -20.0  # logit of a mask where the reference alone serves
 
 
@@ -102,8 +104,9 @@ def align(
         exposure_input(straighten(frame).to(device), ratio)
         for frame, ratio in zip(_without_motion(bracket), exposure_ratios(evs), strict=True)
     ]
-    alignment, disagreement = _finest_worthwhile(model, exposures, exposure_ratios(evs))
-    return _with_motion(alignment, disagreement, bracket)
+    ratios = exposure_ratios(evs)
+    alignment, disagreement = _finest_worthwhile(model, exposures, ratios)
+    return _with_motion(_hold_still(exposures, alignment, ratios), disagreement, bracket)
 
 
 def full_size(alignment: Alignment, height: int, width: int, rows: slice, columns: slice) -> Alignment:
@@ -212,12 +215,46 @@ def disagreement(exposures: Sequence[Tensor], alignment: Alignment, ratios: Sequ
     aligned = full_size(alignment, height, width, slice(0, height), slice(0, width))
     total, count = 0.0, 0
     for frame, flow, ratio in ((short, aligned.flow_short, ratios[0]), (long, aligned.flow_long, ratios[2])):
-        warped = safnet_ops.backward_warp(frame, flow)
-        exposed = _well_exposed(reference) & _well_exposed(warped)
-        different = (_exposed_as(warped, ratio, ratios[1]) - reference).abs_().clamp_(max=LARGEST_DISAGREEMENT)
-        total += float((different * exposed).sum())
+        difference, exposed = _difference(frame, reference, flow, ratio, ratios[1])
+        total += float(difference.sum())
         count += int(exposed.sum())
     return total / count if count else float("nan")
+
+
+def _difference(frame: Tensor, reference: Tensor, flow: Tensor, ratio: float, own: float) -> tuple[Tensor, Tensor]:
+    """Differences of an aligned frame from the reference in LDR values, at most LARGEST_DISAGREEMENT, and where both are well
+    exposed; 0 elsewhere. The frame's exposure ratio is `ratio`, the reference's `own`.
+    """
+    warped = safnet_ops.backward_warp(frame, flow)
+    exposed = _well_exposed(reference) & _well_exposed(warped)
+    difference = (_exposed_as(warped, ratio, own) - reference).abs_().clamp_(max=LARGEST_DISAGREEMENT)
+    return difference * exposed, exposed
+
+
+def _hold_still(exposures: Sequence[Tensor], alignment: Alignment, ratios: Sequence[float]) -> Alignment:
+    """The alignment without small flows where the frames are as much alike without them.
+
+    The network's flow is wrong by a tenth of a pixel or two where nothing moved, which costs more sharpness than all else.
+    """
+    height, width = alignment.flow_short.shape[2:]
+    short, reference, long = (_interpolate(exposure[:, 3:6], (height, width)) for exposure in exposures)
+    flows = []
+    for frame, flow, ratio in ((short, alignment.flow_short, ratios[0]), (long, alignment.flow_long, ratios[2])):
+
+        def mean_difference(flow: Tensor, frame: Tensor = frame, ratio: float = ratio) -> Tensor:
+            difference, exposed = _difference(frame, reference, flow, ratio, ratios[1])
+            pixels = _mean_around(exposed.to(flow).mean(1, keepdim=True), STILL_RADIUS)
+            return _mean_around(difference.mean(1, keepdim=True), STILL_RADIUS) / (pixels + 1e-4)
+
+        still = mean_difference(torch.zeros_like(flow)) <= mean_difference(flow)
+        still &= flow.norm(dim=1, keepdim=True) < STILL
+        # From the one to the other within a few pixels.
+        flows.append(flow * (1 - _mean_around(still.to(flow), 2)))
+    return alignment._replace(flow_short=flows[0], flow_long=flows[1])
+
+
+def _mean_around(values: Tensor, radius: int) -> Tensor:
+    return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False)
 
 
 def _exposed_as(ldr: Tensor, ratio: float, other: float) -> Tensor:
