@@ -90,17 +90,16 @@ def weigh_by_noise(
 
 
 def trust_in_refining(reference_ldr: Tensor) -> Tensor:
-    """Trust in the refine module (N, 1, H, W), in [0, 1]: none where colours clip and only noise is left of the rest.
+    """Trust in the refine module (N, 1, H, W), in [0, 1]: none where one colour clips and another is black.
 
-    What is clipped it judges by the colours that are not. In narrow-band light these hold nothing: under magenta lamps red
-    and blue clip, and green is noise.
+    What is clipped it judges by the colours that are not. In narrow-band light one of these holds nothing: under magenta lamps
+    red and blue clip, and green is noise.
     """
     clipped = reference_ldr >= CLIPPED
     if not clipped.any():
         return torch.ones_like(reference_ldr[:, 0:1])
     some = clipped.any(1, keepdim=True) & ~clipped.all(1, keepdim=True)
-    rest = _largest(reference_ldr.masked_fill(clipped, 0))
-    return torch.where(some, _smoothstep(rest, *TELLING), 1)
+    return torch.where(some, _smoothstep(-_largest(-reference_ldr), *TELLING), 1)
 
 
 def _differences(long: Tensor, reference: Tensor, ratios: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -77,5 +77,5 @@ def test_the_short_exposure_serves_what_clips_in_it():
 
 
 def test_colours_of_narrow_band_light_are_not_refined_by_noise():
-    ldr = torch.tensor([[1.0, 0.02, 1.0], [1.0, 0.6, 1.0], [1.0, 1.0, 1.0], [0.3, 0.02, 0.4]]).T.reshape(1, 3, 1, 4)
+    ldr = torch.tensor([[1.0, 0.02, 0.8], [1.0, 0.6, 1.0], [1.0, 1.0, 1.0], [0.3, 0.02, 0.4]]).T.reshape(1, 3, 1, 4)
     assert trust_in_refining(ldr).flatten().tolist() == [0, 1, 1, 1]

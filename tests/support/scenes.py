@@ -128,8 +128,10 @@ def skyline(x, y, height=320):
     return np.clip(np.where(is_house[..., None], walls, sky), 1e-3, 1).astype(np.float32)
 
 
-def handheld(shift=(0.0, 0.0), roll=0.0, height=320, width=480, scale=1, noise=0.0, levels=2**16 - 1):
-    """What a camera makes of `skyline` that shifts (pixels) and rolls (degrees) from each frame to the next.
+def handheld(
+    shift=(0.0, 0.0), roll=0.0, height=320, width=480, scale=1, noise=0.0, levels=2**16 - 1, light=(1.0, 1.0, 1.0)
+):
+    """What a camera makes of `skyline` under a light, if it shifts (pixels) and rolls (degrees) from each frame to the next.
 
     Returns frames (1, 3, H, W) with EVS, the reference's radiance (1, 3, H, W), and the flow (2, H, W) from it to short.
     """
@@ -143,11 +145,11 @@ def handheld(shift=(0.0, 0.0), roll=0.0, height=320, width=480, scale=1, noise=0
         along, down = x - middle_x + way * shift[0], y - middle_y + way * shift[1]
         turned_x = np.cos(angle) * along - np.sin(angle) * down + middle_x
         turned_y = np.sin(angle) * along + np.cos(angle) * down + middle_y
-        seen = skyline(turned_x, turned_y, height)
+        seen = skyline(turned_x, turned_y, height) * np.array(light, np.float32)
         truth = seen if way == 0 else truth
-        light = seen * ratio
-        light = light + random.normal(size=seen.shape) * noise * np.sqrt(np.clip(light, 0, 1) + noise)
-        frames.append(torch.from_numpy(expose(np.clip(light, 0, 1).astype(np.float32), 1, levels) / (levels + 1)))
+        caught = seen * ratio
+        caught = caught + random.normal(size=seen.shape) * noise * np.sqrt(np.clip(caught, 0, 1) + noise)
+        frames.append(torch.from_numpy(expose(np.clip(caught, 0, 1).astype(np.float32), 1, levels) / (levels + 1)))
     to_short = _turned(x, y, (middle_x, middle_y), shift, np.deg2rad(roll))
     flow = torch.from_numpy(np.stack([to_short[0] - x, to_short[1] - y]) * scale).float()
     pictures = [frame.float().permute(2, 0, 1)[None] for frame in frames]
