@@ -20,7 +20,6 @@ from safnet.model import Alignment, Fusion, SAFNet
 from safnet.radiance import INTEGER_SCALES, exposure_input, exposure_ratios, ldr_values
 
 TILE = 448  # pixels a side: larger ones waste less on margins, smaller ones need less memory
-WHOLE_PIXELS = 2 * 1024**2  # frames up to this are fused in one piece
 NO_SURPRISE = 0.05  # stops between given and measured exposures that do not change an alignment
 SAMPLES, SAMPLE = 4, 160  # places along each side where noise is measured, and their pixels
 
@@ -73,7 +72,7 @@ def fuse_exposures(
             frame at half size, which makes the result, unless measuring, that of the model's forward to 1e-4.
         global_motion: of alignment "frame": look for the motion of the whole camera first.
         keep_fusion: keep the explicit fusion, flows and masks in the result, which take three times its memory.
-        tile: side of tiles in pixels; 0 for the whole frame, None to choose by the frame's size.
+        tile: side of tiles in pixels; 0 for the whole frame, None for TILE.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
         progress: called after each step.
 
@@ -92,8 +91,7 @@ def fuse_exposures(
         advice = advise(bracket, aligned, found, evs) if bracket is not None and measure else ()
         noise = _measure_noise(model, frames, found, aligned.alignment) if bracket is not None else None
         progress("aligning", 1, 1)
-        if tile is None:
-            tile = 0 if height * width <= WHOLE_PIXELS else TILE
+        tile = TILE if tile is None else tile
         tiles = [(rows, columns) for rows in _spans(height, tile or height) for columns in _spans(width, tile or width)]
         # Channels innermost, as pictures are written.
         radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)

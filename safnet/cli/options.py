@@ -13,5 +13,5 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing r
 Precision = Annotated[choices.Precision, typer.Option(help="Arithmetic of the convolutions.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
 Tile = Annotated[
-    int | None, typer.Option(min=0, help="Tile side in pixels, 0 for none.", show_default="1024 above 2 megapixels")
+    int | None, typer.Option(min=0, help="Tile side in pixels, 0 for none.", show_default="448")
 ]
