@@ -12,3 +12,4 @@ Split = Literal["Training", "Test"]  # of a data set
 PanoramaSplit = Literal["train", "validation", "all"]
 Depth = Literal["half", "float", "uint16"]  # numbers in radiance files
 ToneMap = Literal["mu-law", "reinhard"]
+ColourSpace = Literal["rec709", "p3", "rec2020", "input"]  # of results; input: the frames' own primaries

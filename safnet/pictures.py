@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from safnet.choices import ToneMap
 from safnet.fuse import Result
-from safnet.images import BytePicture, FloatPicture, FramePicture
-from safnet.radiance import GAMMA, ldr_values, tone_map
+from safnet.images import BytePicture, FloatPicture
+from safnet.radiance import GAMMA, Frame, ldr_values, tone_map
 
 Array = npt.NDArray[np.float32]
 
@@ -82,9 +82,14 @@ def mask_picture(mask: Array) -> BytePicture:
 
 
 def inspection(
-    frames: Sequence[FramePicture], labels: Sequence[str], result: Result, curve: Callable[[FloatPicture], BytePicture]
+    frames: Sequence[Frame],
+    labels: Sequence[str],
+    result: Result,
+    radiance: FloatPicture,
+    curve: Callable[[FloatPicture], BytePicture],
 ) -> dict[str, BytePicture]:
-    """The pictures of INSPECTION_FILES by file name, from the exposures (H, W, 3) as read, their names, and the result."""
+    """The pictures of INSPECTION_FILES by file name, from the exposures (1, 3, H, W) as read, their names, the result, and its
+    radiance (H, W, 3) as it is to be shown."""
     assert result.fusion is not None
     flow_short, flow_long, mask_short, mask_long = (part[0].cpu().numpy() for part in result.fusion.alignment)
     reach = flow_reach([flow_short, flow_long])
@@ -94,9 +99,9 @@ def inspection(
         "mask_short.png": mask_picture(mask_short[0]),
         "mask_long.png": mask_picture(mask_long[0]),
         "fused.png": curve(to_picture(result.fusion.fused)),
-        "refined.png": curve(to_picture(result.radiance)),
+        "refined.png": curve(radiance),
     }
-    short, reference, long = (_thumbnail(_bytes(ldr_values(torch.from_numpy(frame)).numpy())) for frame in frames)
+    short, reference, long = (_thumbnail(_bytes(to_picture(ldr_values(frame)))) for frame in frames)
     steps = {name: _thumbnail(picture) for name, picture in pictures.items()}
     for name in ("flow_short.png", "flow_long.png"):
         draw_flow_wheel(steps[name])

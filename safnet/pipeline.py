@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from safnet.choices import Depth, ToneMap
+from safnet.choices import ColourSpace, Depth, ToneMap
+from safnet.colour import REC709, SPACES, Space, conversion, convert_, parse_curve
 from safnet.exposures import Bracket, open_bracket
 from safnet.fuse import Progress, Result, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
-    FramePicture,
     ImageError,
     check_destination,
     read_frames,
@@ -22,6 +22,7 @@ from safnet.images import (
 )
 from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES, display_curve, inspection, to_picture
+from safnet.radiance import Frame
 from safnet.weights import load_model
 
 AnyPath = str | os.PathLike[str]
@@ -42,6 +43,8 @@ def fuse_files(
     device: str = "auto",
     precision: torch.dtype = torch.float32,
     tile: int | None = None,
+    curve: str = "auto",
+    space: ColourSpace = "rec709",
     depth: Depth | None = None,
     preview: AnyPath | None = None,
     tonemap: ToneMap = "reinhard",
@@ -54,7 +57,7 @@ def fuse_files(
     Nothing is written unless all can be: frames, exposures and names are checked before. Each file appears whole or not at all.
 
     Args:
-        paths: three frames in any order (JPEG, PNG, TIFF, EXR), or their folder.
+        paths: three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder.
         output: .exr, .hdr or .tif for the linear result; None to write none.
         evs: exposures in stops in the order of `paths` (of a folder: by name), more light being higher. None to take them from
             exposure.txt beside the frames, else from EXIF.
@@ -63,6 +66,8 @@ def fuse_files(
         model: one in eval mode, which stays where it is, or what `load_model` takes.
         device: where a model that is loaded here shall run: one of torch's, or "auto" for a GPU if there is one.
         precision, tile, progress: see `fuse_exposures`; here there are the stages "reading" and "writing" too.
+        curve: of the frames' values: "auto" for what each file states (else gamma 2.2), "srgb", "linear" or a gamma.
+        space: primaries of the result: "rec709", "p3", "rec2020", or "input" for the frames' own.
         depth: numbers in `output`: "half" or "float" for .exr, "float" or "uint16" for .tif; the first of these by default.
         preview: .png or .jpg for a tone-mapped picture; None to write none.
         tonemap: of the preview and of the inspection's pictures.
@@ -70,8 +75,9 @@ def fuse_files(
         overwrite: replace files that exist.
 
     Returns:
-        Linear radiance (1, 3, H, W) float32 in [0, 1], where 1 is the short exposure's clipping point, on the model's device,
-        with exposures and what was noticed, and with `inspect` flows, masks and explicit fusion: see `Result`.
+        Linear radiance (1, 3, H, W) float32 in `space`, on the CPU, where 1 is the short exposure's clipping point;
+        colours that lie outside of the space have values outside of [0, 1]. With it exposures and what was noticed, and with
+        `inspect` flows, masks and explicit fusion: see `Result`.
 
     Raises:
         ExposureError: not three frames of one size, or exposures that are missing or equal.
@@ -86,18 +92,20 @@ def fuse_files(
     frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
     results = check_destinations(frames, output, depth, preview, inspect, overwrite)
-    bracket = open_bracket(frames, evs, results)
+    if output is not None and output.suffix.lower() == ".hdr" and space in ("p3", "rec2020"):
+        raise ImageError(f"--space {space} does not fit {output}: .hdr files are of Rec.709; write .exr or .tif")
+    bracket = open_bracket(frames, evs, results, parse_curve(curve))
     network = model if isinstance(model, SAFNet) else load_model(model, device)
     _warn_of_slow_precision(network, precision)
     progress("reading", 0, 1)
-    pictures = read_frames([frame.path for frame in bracket.frames])
+    pictures = read_frames(bracket.frames)
     progress("reading", 1, 1)
-    tensors = [torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in pictures]
     result = fuse_exposures(
         network,
-        tensors,
+        pictures,
         bracket.evs,
         measure=measure,
+        known_curve=bracket.has_known_curve,
         global_motion=global_motion,
         keep_fusion=inspect is not None,
         tile=tile,
@@ -106,9 +114,11 @@ def fuse_files(
     )
     for sentence in result.advice:
         warnings.warn(sentence, FusionWarning, stacklevel=2)
+    target = SPACES.get(space, bracket.space)
+    convert_(result.radiance, bracket.space, target)
     if results:
         progress("writing", 0, 1)
-        _write(result, bracket, pictures, output, depth, preview, tonemap, inspect)
+        _write(result, bracket, pictures, target, output, depth, preview, tonemap, inspect)
         progress("writing", 1, 1)
     return result
 
@@ -151,26 +161,34 @@ def check_destinations(
 def _write(
     result: Result,
     bracket: Bracket,
-    pictures: Sequence[FramePicture],
+    pictures: Sequence[Frame],
+    space: Space,
     output: Path | None,
     depth: Depth | None,
     preview: Path | None,
     tonemap: ToneMap,
     inspect: Path | None,
 ) -> None:
-    radiance = to_picture(result.radiance)
+    metadata = bracket.frames[1].metadata
     if output is not None:
-        write_radiance(output, radiance, depth)
+        write_radiance(output, to_picture(result.radiance), depth, space, metadata)
     if preview is None and inspect is None:
         return
+    shown = result.radiance
+    if conversion(space, REC709) is not None:
+        shown = shown.clone()
+        convert_(shown, space, REC709)
+    radiance = to_picture(shown)
     curve = display_curve(radiance, tonemap)
     if preview is not None:
-        write_picture(preview, curve(radiance), bracket.frames[1].profile)
+        write_picture(preview, curve(radiance), metadata)
     if inspect is not None:
+        assert result.fusion is not None
+        convert_(result.fusion.fused, bracket.space, REC709)
         inspect.mkdir(exist_ok=True)
         labels = [frame.path.name for frame in bracket.frames]
-        for name, picture in inspection(pictures, labels, result, curve).items():
-            write_picture(inspect / name, picture)
+        for name, picture in inspection(pictures, labels, result, radiance, curve).items():
+            write_picture(inspect / name, picture, ())
 
 
 def _warn_of_slow_precision(model: SAFNet, precision: torch.dtype) -> None:

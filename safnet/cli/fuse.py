@@ -21,7 +21,8 @@ class FuseCommand(TyperCommand):
 
 def fuse(
     frames: Annotated[
-        list[Path], typer.Argument(help="Three frames in any order (JPEG, PNG, TIFF, EXR), or their folder.")
+        list[Path],
+        typer.Argument(help="Three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Linear HDR result: .exr, .hdr or .tif.")],
     ev: Annotated[
@@ -39,6 +40,15 @@ def fuse(
     global_motion: Annotated[
         bool, typer.Option("--global/--no-global", help="Look for the motion of the whole camera first.")
     ] = True,
+    curve: Annotated[
+        str,
+        typer.Option(
+            metavar="CURVE", help="Curve of the frames: auto (as the files say, else 2.2), srgb, linear, or a gamma."
+        ),
+    ] = "auto",
+    space: Annotated[
+        choices.ColourSpace, typer.Option(help="Primaries of the result; input: the frames' own.")
+    ] = "rec709",
     depth: Annotated[
         choices.Depth | None,
         typer.Option(help="Numbers in the result: .exr half or float, .tif float or uint16.", show_default="the first"),
@@ -79,6 +89,8 @@ def fuse(
                 device=device,
                 precision=getattr(torch, precision),
                 tile=tile,
+                curve=curve,
+                space=space,
                 depth=depth,
                 preview=preview,
                 tonemap=tonemap,

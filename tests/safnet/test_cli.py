@@ -18,10 +18,10 @@ import safnet
 import safnet_ops
 from safnet.cli import app
 from safnet.cli.fuse import join_exposures
-from safnet.images import write_picture
 from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES
 from safnet.weights import save_model
+from tests.support.frames import save_frame
 from tests.support.scenes import make_radiance
 
 HEIGHT, WIDTH = 40, 56
@@ -60,7 +60,7 @@ def folder(tmp_path, radiance):
     folder = tmp_path / "frames"
     folder.mkdir()
     for name, ev in (("a.png", 2), ("b.png", -2), ("c.png", 0)):
-        write_picture(folder / name, expose(radiance, ev))
+        save_frame(folder / name, expose(radiance, ev))
     return folder
 
 
@@ -148,7 +148,7 @@ def test_exposures_and_camera_curve_are_measured_unless_they_are_trusted(tmp_pat
     for name, pictures in cameras.items():
         (tmp_path / name).mkdir()
         for number, picture in enumerate(pictures):
-            write_picture(tmp_path / name / f"{number}.png", np.round(picture * 255).astype(np.uint8))
+            save_frame(tmp_path / name / f"{number}.png", np.round(picture * 255).astype(np.uint8))
 
     def summary(name, evs, *options):
         output = tmp_path / f"{name}{len(options)}.exr"
@@ -214,7 +214,7 @@ def snapshot(folder):
 
 
 def replaced(path, new):
-    write_picture(path, new)
+    save_frame(path, new)
     return path
 
 

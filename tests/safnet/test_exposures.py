@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from safnet.exposures import ExposureError, exif_evs, find_evs, format_evs, open_bracket
-from safnet.images import Header, ImageError, write_picture
+from safnet.images import Header, ImageError
+from tests.support.frames import save_frame
 
 
 def frame(path, exposure_time=None, f_number=None, iso=None):
-    return Header(Path(path), 8, 8, exposure_time, f_number, iso, None)
+    return Header(Path(path), 8, 8, exposure_time, f_number, iso)
 
 
 def test_more_light_is_a_higher_ev():
@@ -94,7 +95,7 @@ class TestBracket:
     def pictures(self, tmp_path):
 
         for number, name in enumerate(("a.png", "b.png", "c.png")):
-            write_picture(tmp_path / name, np.full((4, 6, 3), number, np.uint8))
+            save_frame(tmp_path / name, np.full((4, 6, 3), number, np.uint8))
         return [tmp_path / name for name in ("a.png", "b.png", "c.png")]
 
     def test_sorted_by_exposure(self, pictures):
@@ -116,7 +117,7 @@ class TestBracket:
 
     def test_larger_and_empty_folders(self, pictures):
         folder = pictures[0].parent
-        write_picture(folder / "d.png", np.zeros((4, 6, 3), np.uint8))
+        save_frame(folder / "d.png", np.zeros((4, 6, 3), np.uint8))
         with pytest.raises(
             ExposureError, match=r"must hold 3 frames, got 4 \(.*choose three, for example: .*a\.png .*d\.png"
         ):
@@ -126,7 +127,7 @@ class TestBracket:
             open_bracket([folder / "empty"])
 
     def test_different_sizes(self, pictures):
-        write_picture(pictures[2], np.zeros((6, 4, 3), np.uint8))
+        save_frame(pictures[2], np.zeros((6, 4, 3), np.uint8))
         with pytest.raises(ExposureError, match=r"one size, got .*a\.png with 6 x 4 and .*c\.png with 4 x 6 pixels"):
             open_bracket(pictures, [0, 1, 2])
 

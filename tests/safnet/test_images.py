@@ -12,22 +12,11 @@ from safnet.images import (
     find_frames,
     read_header,
     read_ldr,
-    write_picture,
     write_radiance,
 )
+from tests.support.frames import save_frame, save_tagged
 
 HEIGHT, WIDTH = 24, 36
-
-
-def save(path, pixels, kind, **attributes):
-    spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind)
-    for name, value in attributes.items():
-        spec.attribute(name.replace("__", ":"), value)
-    out = oiio.ImageOutput.create(str(path))
-    assert out.open(str(path), spec), out.geterror()
-    assert out.write_image(np.ascontiguousarray(pixels)), out.geterror()
-    assert out.close()
-    return path
 
 
 @pytest.fixture
@@ -39,14 +28,14 @@ def codes():
 
 @pytest.mark.parametrize("name", ["frame.png", "frame.tif"])
 def test_8_bit_values_are_divided_by_255(tmp_path, codes, name):
-    assert np.allclose(read_ldr(save(tmp_path / name, codes, "uint8")), codes / 255, rtol=0, atol=1e-7)
+    assert np.allclose(read_ldr(save_tagged(tmp_path / name, codes, "uint8")), codes / 255, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["frame.png", "frame.tif"])
 def test_16_bit_values_are_divided_by_65536(tmp_path, name):
     values = np.random.default_rng(7).integers(0, 65536, (HEIGHT, WIDTH, 3), np.uint16)
     values[0, 0] = 65535
-    picture = read_ldr(save(tmp_path / name, values, "uint16"))
+    picture = read_ldr(save_tagged(tmp_path / name, values, "uint16"))
     assert picture.dtype == np.float32
     assert picture.flags.c_contiguous
     assert np.array_equal(picture, (values / 65536).astype(np.float32))
@@ -56,7 +45,7 @@ def test_16_bit_values_are_divided_by_65536(tmp_path, name):
 def test_float_values_are_linear(tmp_path, codes, name, kind):
     linear = ((codes / 255) ** 2.2).astype(np.float32)
     linear[0, 0] = (-0.5, 7.0, np.nan)
-    picture = read_ldr(save(tmp_path / name, linear, kind))
+    picture = read_ldr(save_tagged(tmp_path / name, linear, kind))
     assert picture[0, 0].tolist() == [0, 1, 0]
     # Half floats keep 11 significant bits, and fewer below 6e-5.
     assert np.allclose(picture[1:], codes[1:] / 255, rtol=1e-3, atol=2e-3)
@@ -71,7 +60,7 @@ def test_grey_alpha_and_palette_become_rgb(tmp_path, codes):
     alpha = np.full((HEIGHT, WIDTH, 1), 40, np.uint8)
     grey = codes[:, :, :1]
     coded_grey = np.repeat(grey, 3, 2) / 255
-    assert np.allclose(read_ldr(save(tmp_path / "grey.png", grey, "uint8")), coded_grey)
+    assert np.allclose(read_ldr(save_tagged(tmp_path / "grey.png", grey, "uint8")), coded_grey)
     Image.fromarray(np.concatenate([grey, alpha], 2), "LA").save(tmp_path / "grey_alpha.png")
     assert np.allclose(read_ldr(tmp_path / "grey_alpha.png"), coded_grey)
     Image.fromarray(np.concatenate([codes, alpha], 2)).save(tmp_path / "alpha.png")
@@ -98,14 +87,14 @@ def test_further_exr_channels_are_ignored(tmp_path):
 
 
 def test_channels_that_are_no_colours_are_refused(tmp_path):
-    path = save(tmp_path / "frame.exr", np.zeros((HEIGHT, WIDTH, 2), np.float32), "half")
+    path = save_tagged(tmp_path / "frame.exr", np.zeros((HEIGHT, WIDTH, 2), np.float32), "half")
     with pytest.raises(ImageError, match=r"frame\.exr: channels must be RGB or grey, got R, G"):
         read_header(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(tmp_path, codes, orientation):
-    path = save(tmp_path / "frame.tif", codes, "uint8", Orientation=orientation)
+    path = save_tagged(tmp_path / "frame.tif", codes, "uint8", Orientation=orientation)
     with Image.open(path) as stored:
         upright = np.asarray(ImageOps.exif_transpose(stored)) / 255
     picture, header = read_ldr(path), read_header(path)
@@ -113,14 +102,18 @@ def test_orientation(tmp_path, codes, orientation):
     assert (header.height, header.width) == picture.shape[:2]
 
 
-def test_header_carries_exposure_and_profile(tmp_path, codes):
-    write_picture(tmp_path / "plain.jpg", codes)
-    plain = read_header(tmp_path / "plain.jpg")
-    assert (plain.exposure_time, plain.f_number, plain.iso, plain.profile) == (None, None, None, None)
-    exif = {"ExposureTime": 0.0125, "FNumber": 5.6, "Exif__PhotographicSensitivity": 400}
-    header = read_header(save(tmp_path / "frame.jpg", codes, "uint8", **exif))
+def test_header_carries_exposure(tmp_path, codes):
+    plain = read_header(save_frame(tmp_path / "plain.jpg", codes))
+    assert (plain.exposure_time, plain.f_number, plain.iso, plain.bias) == (None, None, None, None)
+    exif = {
+        "ExposureTime": 0.0125,
+        "FNumber": 5.6,
+        "Exif__PhotographicSensitivity": 400,
+        "Exif__ExposureBiasValue": -2.0,
+    }
+    header = read_header(save_tagged(tmp_path / "frame.jpg", codes, "uint8", **exif))
     assert header.exposure_time == pytest.approx(0.0125)
-    assert (header.f_number, header.iso) == (pytest.approx(5.6), 400)
+    assert (header.f_number, header.iso, header.bias) == (pytest.approx(5.6), 400, -2)
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.97])
@@ -131,7 +124,7 @@ def test_header_carries_exposure_and_profile(tmp_path, codes):
 def test_truncated_files_are_refused(tmp_path, capfd, name, kind, kept):
     noise = np.random.default_rng(7).random((64, 64, 3), np.float32)
     pixels = noise if kind in ("half", "float") else (noise * np.iinfo(kind).max).astype(kind)
-    path = save(tmp_path / name, pixels, kind)
+    path = save_tagged(tmp_path / name, pixels, kind)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     with pytest.raises(ImageError, match=rf"{name} cannot be read") as caught:
         read_ldr(path)
@@ -194,15 +187,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         write_radiance(path, np.zeros((0, 0, 3), np.float32))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("name", ["picture.png", "picture.jpg"])
-def test_pictures_carry_the_colour_profile(tmp_path, codes, name):
-    from PIL import ImageCms
-
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    write_picture(tmp_path / name, codes, profile)
-    assert read_header(tmp_path / name).profile == profile
 
 
 def test_frames_of_a_folder(tmp_path):
