@@ -83,9 +83,10 @@ def convert_(radiance: Tensor, source: Space, target: Space) -> None:
     matrix = conversion(source, target)
     if matrix is None:
         return
-    weights = torch.from_numpy(matrix).to(radiance)
-    for part in radiance.split(ROWS, 2):
-        part.copy_(torch.einsum("ij,njhw->nihw", weights, part))
+    with torch.inference_mode():  # in which results are made
+        weights = torch.from_numpy(matrix).to(radiance)
+        for part in radiance.split(ROWS, 2):
+            part.copy_(torch.einsum("ij,njhw->nihw", weights, part))
 
 
 class Curve(NamedTuple):

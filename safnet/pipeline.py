@@ -92,9 +92,10 @@ def fuse_files(
     frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
     results = check_destinations(frames, output, depth, preview, inspect, overwrite)
-    if output is not None and output.suffix.lower() == ".hdr" and space in ("p3", "rec2020"):
-        raise ImageError(f"--space {space} does not fit {output}: .hdr files are of Rec.709; write .exr or .tif")
     bracket = open_bracket(frames, evs, results, parse_curve(curve))
+    target = SPACES.get(space, bracket.space)
+    if output is not None and output.suffix.lower() == ".hdr" and conversion(target, REC709) is not None:
+        raise ImageError(f"--space {space} does not fit {output}: .hdr files are of Rec.709; write .exr or .tif")
     network = model if isinstance(model, SAFNet) else load_model(model, device)
     _warn_of_slow_precision(network, precision)
     progress("reading", 0, 1)
@@ -114,7 +115,6 @@ def fuse_files(
     )
     for sentence in result.advice:
         warnings.warn(sentence, FusionWarning, stacklevel=2)
-    target = SPACES.get(space, bracket.space)
     convert_(result.radiance, bracket.space, target)
     if results:
         progress("writing", 0, 1)

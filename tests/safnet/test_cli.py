@@ -255,8 +255,8 @@ REFUSALS = {
     "missing frame": (lambda f, t: [*f[:2], t / "gone.png", *OK, "-o", t / "r.exr"], r"gone\.png does not exist"),
     "no picture": (lambda f, t: [*f[:2], make(t / "x.png"), *OK, "-o", t / "r.exr"], r"x\.png cannot be read"),
     "foreign frame": (
-        lambda f, t: [*f[:2], make(t / "x.cr2"), *OK, "-o", t / "r.exr"],
-        r"x\.cr2: frames must be \.jpg",
+        lambda f, t: [*f[:2], make(t / "x.bmp"), *OK, "-o", t / "r.exr"],
+        r"x\.bmp: frames must be \.jpg.* convert it to TIFF or PNG",
     ),
     "truncated": (lambda f, t: [*f[:2], truncated(f[2]), *OK, "-o", t / "r.exr"], r"c\.png cannot be read"),
     "no folder": (

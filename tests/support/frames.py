@@ -16,8 +16,7 @@ def save_frame(path: Path, codes: npt.NDArray[np.uint8]) -> Path:
 
 
 def save_tagged(path: Path, pixels: npt.NDArray[Any], kind: str, **attributes: Any) -> Path:
-    """Write pixels (H, W, C) with attributes of OpenImageIO's names, in which __ stands for a colon; bytes are of uint8, tuples of
-    float."""
+    """Write pixels (H, W, C) with attributes of OpenImageIO's names, in which __ stands for a colon; bytes are of uint8."""
     spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], kind)
     for name, value in attributes.items():
         name = name.replace("__", ":")
