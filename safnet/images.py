@@ -386,7 +386,10 @@ def _write(
 ) -> None:
     spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], depth)
     for name, kind, value in metadata or ():
-        spec.attribute(name, kind, value)
+        if isinstance(value, int):  # as int, for OpenImageIO sets no others
+            spec.attribute(name, value)
+        else:
+            spec.attribute(name, kind, value)
     spec.attribute("Software", "safnet" if metadata is None else RESULT)
     for name, value in attributes.items():
         if isinstance(value, bytes):

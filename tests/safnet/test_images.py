@@ -1,19 +1,26 @@
 """Reading frames by the input protocol, writing results whole or not at all."""
 
+import imagecodecs
 import numpy as np
 import OpenImageIO as oiio
 import pytest
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import IFDRational
 
+from safnet.colour import SRGB
 from safnet.images import (
     DEPTHS,
     ImageError,
     check_destination,
     find_frames,
+    is_result,
+    read_frame,
     read_header,
     read_ldr,
+    write_picture,
     write_radiance,
 )
+from safnet.radiance import ldr_values
 from tests.support.frames import save_frame, save_tagged
 
 HEIGHT, WIDTH = 24, 36
@@ -189,9 +196,76 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def camera_exif(orientation):
+    """What cameras write of a picture."""
+    exif = Image.Exif()
+    exif.update(
+        {0x010E: "a view", 0x010F: "Maker", 0x0110: "Camera 1", 0x0112: orientation, 0x0132: "2026:01:02 03:04:05"}
+    )
+    exif.update({0x013B: "Somebody", 0x8298: "(c) Somebody", 0x0131: "Firmware 1.0"})
+    photo = exif.get_ifd(0x8769)
+    photo.update({0x829A: IFDRational(1, 50), 0x829D: IFDRational(28, 10), 0x8827: 400, 0xA434: "24-70 mm"})
+    photo.update({0x9003: "2026:01:02 03:04:05", 0x920A: IFDRational(50, 1), 0xA001: 1, 0x927C: b"maker's own" * 9})
+    place = exif.get_ifd(0x8825)
+    place.update({1: "N", 2: tuple(IFDRational(value, 1) for value in (48, 8, 12)), 3: "W"})
+    place.update({4: tuple(IFDRational(value, 1) for value in (11, 30, 6)), 5: b"\1", 6: IFDRational(7, 1)})
+    return exif
+
+
+@pytest.mark.parametrize("name", ["result.exr", "result.tif", "preview.png", "preview.jpg"])
+def test_metadata_of_the_reference_goes_into_results(tmp_path, codes, name):
+    Image.fromarray(codes).save(tmp_path / "frame.jpg", exif=camera_exif(6))
+    header = read_header(tmp_path / "frame.jpg")
+    assert (header.width, header.height) == (HEIGHT, WIDTH)
+    upright = np.zeros((WIDTH, HEIGHT, 3))
+    if name.startswith("result"):
+        write_radiance(tmp_path / name, upright.astype(np.float32), metadata=header.metadata)
+    else:
+        write_picture(tmp_path / name, upright.astype(np.uint8), header.metadata)
+    spec = oiio.ImageInput.open(str(tmp_path / name)).spec()
+    found = {item.name: item.value for item in spec.extra_attribs}
+    expected = {
+        "Make": "Maker", "Model": "Camera 1", "Artist": "Somebody", "Copyright": "(c) Somebody", "ImageDescription": "a view",
+        "DateTime": "2026:01:02 03:04:05", "Exif:DateTimeOriginal": "2026:01:02 03:04:05", "Exif:LensModel": "24-70 mm",
+        "Exif:PhotographicSensitivity": 400, "GPS:LatitudeRef": "N", "GPS:Latitude": (48, 8, 12), "GPS:LongitudeRef": "W",
+        "GPS:Longitude": (11, 30, 6), "GPS:Altitude": 7, "Software": "safnet fuse",
+    }  # fmt: skip
+    if name == "result.tif":  # OpenImageIO writes none into TIFF
+        del expected["Exif:PhotographicSensitivity"]
+    assert {key: found.get(key) for key in expected} == expected
+    assert found["ExposureTime"] == pytest.approx(0.02, rel=1e-3)
+    assert found.get("Orientation", 1) == 1
+    assert (spec.width, spec.height) == (HEIGHT, WIDTH)
+    assert is_result(tmp_path / name)
+
+
+def test_exposures_of_apex_values(tmp_path, codes):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update({0x9201: IFDRational(6, 1), 0x9202: IFDRational(4, 1), 0x9204: IFDRational(-2, 1)})
+    Image.fromarray(codes).save(tmp_path / "a.jpg", exif=exif)
+    header = read_header(tmp_path / "a.jpg")
+    assert (header.exposure_time, header.f_number, header.bias) == (pytest.approx(1 / 64), pytest.approx(4), -2)
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.webp", "a.jxl"])
+def test_further_formats(tmp_path, codes, name):
+    if name == "a.jxl":
+        (tmp_path / name).write_bytes(imagecodecs.jpegxl_encode(codes, lossless=True))
+    else:
+        options = {"lossless": True} if name == "a.webp" else {"quality": 98, "subsampling": 0}
+        Image.fromarray(codes).save(tmp_path / name, "JPEG" if name == "a.jfif" else None, **options)
+    header = read_header(tmp_path / name)
+    assert (header.width, header.height) == (WIDTH, HEIGHT)
+    found = ldr_values(read_frame(header))[0].permute(1, 2, 0).numpy()
+    expected = SRGB.decode(codes / 255) ** (1 / 2.2) if name == "a.jxl" else codes / 255  # JPEG XL says that it is sRGB
+    assert np.abs(found - expected).mean() < (0.01 if name == "a.jfif" else 1e-3)
+
+
 def test_frames_of_a_folder(tmp_path):
     for name in ("b.PNG", "a.jpg", "c.tiff", ".hidden.png", "notes.txt", "HDRImg.hdr", "result.exr"):
         (tmp_path / name).touch()
+    for name in ("fused.tif", "preview.jpg"):  # of an earlier run, under another name
+        write_picture(tmp_path / name, np.zeros((4, 4, 3), np.uint8), metadata=())
     assert [path.name for path in find_frames(tmp_path, [tmp_path / "result.exr"])] == ["a.jpg", "b.PNG", "c.tiff"]
 
 
