@@ -2,18 +2,21 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from safnet.choices import ColourSpace, Depth, ToneMap
+from safnet.choices import ColourSpace, Depth, Look, ToneMap
 from safnet.colour import REC709, SPACES, Space, conversion, convert_, parse_curve
 from safnet.exposures import Bracket, open_bracket
 from safnet.fuse import Progress, Result, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
+    BytePicture,
+    FloatPicture,
     ImageError,
     check_destination,
     read_frames,
@@ -22,7 +25,7 @@ from safnet.images import (
 )
 from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES, display_curve, inspection, to_picture
-from safnet.radiance import Frame
+from safnet.radiance import Frame, exposure_ratios
 from safnet.weights import load_model
 
 AnyPath = str | os.PathLike[str]
@@ -47,7 +50,9 @@ def fuse_files(
     space: ColourSpace = "rec709",
     depth: Depth | None = None,
     preview: AnyPath | None = None,
-    tonemap: ToneMap = "reinhard",
+    tonemap: ToneMap = "photo",
+    look: Look = "natural",
+    brightness: float = 0.0,
     inspect: AnyPath | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
@@ -70,7 +75,9 @@ def fuse_files(
         space: primaries of the result: "rec709", "p3", "rec2020", or "input" for the frames' own.
         depth: numbers in `output`: "half" or "float" for .exr, "float" or "uint16" for .tif; the first of these by default.
         preview: .png or .jpg for a tone-mapped picture; None to write none.
-        tonemap: of the preview and of the inspection's pictures.
+        tonemap: of the preview and of the inspection's pictures: "photo", "reinhard" or "mu-law".
+        look: of "photo": "natural", "neutral" or "flat".
+        brightness: of these pictures, in stops.
         inspect: folder for pictures of flows, masks and all steps, made if missing; None to write none.
         overwrite: replace files that exist.
 
@@ -91,6 +98,8 @@ def fuse_files(
     """
     frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
+    if look != "natural" and tonemap != "photo":
+        raise ValueError(f"--look {look} is one of --tonemap photo, got --tonemap {tonemap}")
     results = check_destinations(frames, output, depth, preview, inspect, overwrite)
     bracket = open_bracket(frames, evs, results, parse_curve(curve))
     target = SPACES.get(space, bracket.space)
@@ -118,7 +127,14 @@ def fuse_files(
     convert_(result.radiance, bracket.space, target)
     if results:
         progress("writing", 0, 1)
-        _write(result, bracket, pictures, target, output, depth, preview, tonemap, inspect)
+        tone = partial(
+            display_curve,
+            kind=tonemap,
+            exposure=exposure_ratios(result.evs)[1],
+            look=look,
+            brightness=brightness,
+        )
+        _write(result, bracket, pictures, target, output, depth, preview, tone, inspect)
         progress("writing", 1, 1)
     return result
 
@@ -166,7 +182,7 @@ def _write(
     output: Path | None,
     depth: Depth | None,
     preview: Path | None,
-    tonemap: ToneMap,
+    tone: Callable[[FloatPicture], Callable[[FloatPicture], BytePicture]],
     inspect: Path | None,
 ) -> None:
     metadata = bracket.frames[1].metadata
@@ -179,7 +195,7 @@ def _write(
         shown = shown.clone()
         convert_(shown, space, REC709)
     radiance = to_picture(shown)
-    curve = display_curve(radiance, tonemap)
+    curve = tone(radiance)
     if preview is not None:
         write_picture(preview, curve(radiance), metadata)
     if inspect is not None:

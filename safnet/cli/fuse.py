@@ -54,7 +54,11 @@ def fuse(
         typer.Option(help="Numbers in the result: .exr half or float, .tif float or uint16.", show_default="the first"),
     ] = None,
     preview: Annotated[Path | None, typer.Option(help="Also write a tone-mapped picture: .png or .jpg.")] = None,
-    tonemap: Annotated[choices.ToneMap, typer.Option(help="Tone map of preview and inspection.")] = "reinhard",
+    tonemap: Annotated[choices.ToneMap, typer.Option(help="Tone map of preview and inspection.")] = "photo",
+    look: Annotated[choices.Look, typer.Option(help="Look of a photo: how much contrast.")] = "natural",
+    brightness: Annotated[
+        float, typer.Option(min=-6.0, max=6.0, metavar="STOPS", help="Make preview and inspection lighter, or darker.")
+    ] = 0.0,
     inspect: Annotated[
         Path | None,
         typer.Option(help="Also write flows, masks, explicit fusion and a sheet of all steps to this folder."),
@@ -94,6 +98,8 @@ def fuse(
                 depth=depth,
                 preview=preview,
                 tonemap=tonemap,
+                look=look,
+                brightness=brightness,
                 inspect=inspect,
                 overwrite=overwrite,
                 progress=progress,
