@@ -69,8 +69,10 @@ FOREIGN_EXTENSIONS = (
     ".jpe",
     ".jxr",
 )
+JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jfif")
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 # What each radiance format can hold; the first is the default.
+ULTRA_HDR_EXTENSIONS = (".jpg", ".jpeg")  # results of 8 bits and a gain map
 DEPTHS: dict[str, tuple[Depth, ...]] = {
     ".exr": ("half", "float"),
     ".hdr": ("float",),  # stored as RGBE, the only form that .hdr has
@@ -266,7 +268,8 @@ def _read_pixels(path: Path, colour: Colour) -> FramePicture:
     """Pixels (H, W, 3) in the bits of the file, floats as LDR values of gamma 2.2."""
     with _open(path) as source, _silent_codecs():
         spec = source.spec()
-        pixels = source.read_image(0, 0, 0, spec.nchannels, spec.format)
+        shown = _has_gain_map(path, spec)
+        pixels: Any = _shown_pixels(path) if shown else source.read_image(0, 0, 0, spec.nchannels, spec.format)
         if pixels is None or source.has_error:
             raise ImageError(f"{path} cannot be read, it may be truncated: {_first_line(source.geterror())}")
     if colour.profile is not None:
@@ -286,6 +289,24 @@ def _read_pixels(path: Path, colour: Colour) -> FramePicture:
             pixels = _coded(pixels, colour.curve)
     upright = np.broadcast_to(_upright(pixels, _orientation(spec)), _upright_shape(spec))
     return np.require(upright, requirements=["C", "W"])
+
+
+def _has_gain_map(path: Path, spec: Any) -> bool:
+    """Whether a JPEG is an Ultra HDR one, as phones write them. OpenImageIO makes floats of both of its pictures; an exposure
+    is the one that is shown."""
+    return path.suffix.lower() in JPEG_EXTENSIONS and str(spec.format) in FLOAT_TYPES
+
+
+def _shown_pixels(path: Path) -> BytePicture:
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture.convert("RGB"))
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read, it may be truncated: {error}") from error
+
+
+def _format(path: Path, spec: Any) -> str:
+    return "uint8" if _has_gain_map(path, spec) else str(spec.format)
 
 
 def _coded(values: FloatPicture, curve: Curve) -> FloatPicture:
@@ -338,7 +359,9 @@ def write_radiance(
 
 def write_picture(path: Path, picture: BytePicture, metadata: Metadata | None = None) -> None:
     """Write an 8-bit sRGB picture (H, W, 3) as PNG or JPEG, with a profile that says so, whole or not at all."""
-    attributes: dict[str, Any] = {"compression": "jpeg:95"} if path.suffix.lower() != ".png" else {}
+    attributes: dict[str, Any] = (
+        {"compression": "jpeg:95", "jpeg:subsampling": "4:4:4"} if path.suffix.lower() != ".png" else {}
+    )
     attributes["ICCProfile"] = icc.make_profile(REC709, "srgb")
     attributes["Exif:ColorSpace"] = 1
     _write(path, picture, "uint8", attributes, metadata)
@@ -421,7 +444,7 @@ def _colour(path: Path, spec: Any, curve: Curve | None) -> Colour:
         return cicp_colour(path, cicp[0], cicp[1], curve)
     if profile is not None:
         found = profile_colour(path, profile, curve)
-        if found.profile is not None and str(spec.format) != "uint8":
+        if found.profile is not None and _format(path, spec) != "uint8":
             raise ImageError(
                 f"{path}: its colour profile is a table, by which only 8-bit values are converted: convert it to one of "
                 "sRGB, Adobe RGB, Display P3 or ProPhoto first"
@@ -429,7 +452,7 @@ def _colour(path: Path, spec: Any, curve: Curve | None) -> Colour:
         return found
     if chromaticities is not None:
         found = Colour(Space("EXR chromaticities", tuple(chromaticities)), LINEAR)
-    elif str(spec.format) in FLOAT_TYPES:
+    elif _format(path, spec) in FLOAT_TYPES:
         found = Colour(LINEAR_SPACES.get(spec.get_string_attribute("colorInteropID"), REC709), LINEAR)
     else:
         found = _tagged_colour(path, spec)
@@ -480,7 +503,7 @@ def _tagged_colour(path: Path, spec: Any) -> Colour:
         return Colour(space)
     if spec.get_int_attribute("Exif:ColorSpace") == 1:
         return Colour(REC709, SRGB)
-    if kind in (".jpg", ".jpeg", ".jfif") and _interoperability(path) == "R03":  # DCF's name of Adobe RGB
+    if kind in JPEG_EXTENSIONS and _interoperability(path) == "R03":  # DCF's name of Adobe RGB
         return Colour(ADOBE_RGB, gamma_curve(563 / 256))
     return UNKNOWN
 
@@ -506,7 +529,7 @@ def _colour_channels(path: Path, spec: Any) -> list[int]:
 
 def _decoding_scale(path: Path, spec: Any) -> float | None:
     """What integer values are divided by; None for linear float values."""
-    kind = str(spec.format)
+    kind = _format(path, spec)
     if kind in FLOAT_TYPES:
         return None
     if kind not in INTEGER_SCALES:

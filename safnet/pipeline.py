@@ -15,6 +15,7 @@ from safnet.fuse import Progress, Result, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
+    ULTRA_HDR_EXTENSIONS,
     BytePicture,
     FloatPicture,
     ImageError,
@@ -26,9 +27,13 @@ from safnet.images import (
 from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES, display_curve, inspection, to_picture
 from safnet.radiance import Frame, exposure_ratios
+from safnet.ultrahdr import write_ultra_hdr
 from safnet.weights import load_model
 
 AnyPath = str | os.PathLike[str]
+
+
+REC709_EXTENSIONS = (".hdr", *ULTRA_HDR_EXTENSIONS)
 
 
 class FusionWarning(UserWarning):
@@ -63,7 +68,7 @@ def fuse_files(
 
     Args:
         paths: three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder.
-        output: .exr, .hdr or .tif for the linear result; None to write none.
+        output: .exr, .hdr or .tif for the linear result, .jpg for Ultra HDR; None to write none.
         evs: exposures in stops in the order of `paths` (of a folder: by name), more light being higher. None to take them from
             exposure.txt beside the frames, else from EXIF.
         measure: find out the true exposures and the camera's curve, instead of trusting `evs` and assuming gamma 2.2.
@@ -103,8 +108,10 @@ def fuse_files(
     results = check_destinations(frames, output, depth, preview, inspect, overwrite)
     bracket = open_bracket(frames, evs, results, parse_curve(curve))
     target = SPACES.get(space, bracket.space)
-    if output is not None and output.suffix.lower() == ".hdr" and conversion(target, REC709) is not None:
-        raise ImageError(f"--space {space} does not fit {output}: .hdr files are of Rec.709; write .exr or .tif")
+    if output is not None and output.suffix.lower() in REC709_EXTENSIONS and conversion(target, REC709) is not None:
+        raise ImageError(
+            f"--space {space} does not fit {output}: {output.suffix} files are of Rec.709; write .exr or .tif"
+        )
     network = model if isinstance(model, SAFNet) else load_model(model, device)
     _warn_of_slow_precision(network, precision)
     progress("reading", 0, 1)
@@ -150,8 +157,8 @@ def check_destinations(
     """All files that `fuse_files` will write. Raises ImageError where it may not, or where two are one file."""
     results = {}
     if output is not None:
-        check_destination("--output", output, DEPTHS, overwrite)
-        formats = DEPTHS[output.suffix.lower()]
+        check_destination("--output", output, (*DEPTHS, *ULTRA_HDR_EXTENSIONS), overwrite)
+        formats = DEPTHS.get(output.suffix.lower(), ("8 bits and a gain map",))
         if depth is not None and depth not in formats:
             raise ImageError(f"--depth {depth} does not fit {output}: {output.suffix} holds {' or '.join(formats)}")
         results["--output"] = output
@@ -186,9 +193,10 @@ def _write(
     inspect: Path | None,
 ) -> None:
     metadata = bracket.frames[1].metadata
-    if output is not None:
+    has_gain_map = output is not None and output.suffix.lower() in ULTRA_HDR_EXTENSIONS
+    if output is not None and not has_gain_map:
         write_radiance(output, to_picture(result.radiance), depth, space, metadata)
-    if preview is None and inspect is None:
+    if preview is None and inspect is None and not has_gain_map:
         return
     shown = result.radiance
     if conversion(space, REC709) is not None:
@@ -196,6 +204,8 @@ def _write(
         convert_(shown, space, REC709)
     radiance = to_picture(shown)
     curve = tone(radiance)
+    if output is not None and has_gain_map:
+        write_ultra_hdr(output, radiance, exposure_ratios(result.evs)[1], curve(radiance), metadata)
     if preview is not None:
         write_picture(preview, curve(radiance), metadata)
     if inspect is not None:

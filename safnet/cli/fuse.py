@@ -24,7 +24,9 @@ def fuse(
         list[Path],
         typer.Argument(help="Three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Linear HDR result: .exr, .hdr or .tif.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="HDR result: linear .exr, .hdr or .tif, or Ultra HDR .jpg.")
+    ],
     ev: Annotated[
         str | None,
         typer.Option(
