@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safnet.colour import Curve, Space, conversion
-from safnet.images import FOREIGN_EXTENSIONS, Header, ImageError, find_frames, read_header
+from safnet.images import FOREIGN_EXTENSIONS, RAW_EXTENSIONS, Header, ImageError, find_frames, read_header
 
 FRAMES = 3
 EXPOSURE_FILE = "exposure.txt"
@@ -233,6 +233,9 @@ def _check_count(files: Sequence[Path], demand: str, folder: Path | None = None)
 def choose_three(files: Sequence[Path]) -> list[Path]:
     """Three of more frames that make a bracket: the darkest, middle and brightest of the first series, by EXIF or exposure.txt,
     in which no exposure comes twice; where exposures are missing, the first, middle and last by name."""
+    raw = [file for file in files if file.suffix.lower() in RAW_EXTENSIONS]
+    if len(raw) >= FRAMES:  # with the camera's JPEGs beside them
+        files = raw
     ends = [files[0], files[len(files) // 2], files[-1]]
     try:
         frames = [read_header(file) for file in files]

@@ -152,6 +152,13 @@ class TestBracket:
         with pytest.raises(ExposureError, match=r"example: \S*4\.jpg \S*0\.jpg \S*1\.jpg$"):
             open_bracket([tmp_path])
 
+    def test_raw_files_are_advised_before_the_jpegs_beside_them(self, tmp_path):
+        for name in "abc":
+            (tmp_path / f"{name}.cr3").touch()
+            save_frame(tmp_path / f"{name}.jpg", np.zeros((8, 8, 3), np.uint8))
+        with pytest.raises(ExposureError, match=r"got 6 .*example: \S*a\.cr3 \S*b\.cr3 \S*c\.cr3$"):
+            open_bracket([tmp_path])
+
     def test_frames_that_cannot_be_read_are_named(self, tmp_path):
         for name in ("a.bmp", "b.gif", "notes.txt"):
             (tmp_path / name).touch()
