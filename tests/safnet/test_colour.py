@@ -383,6 +383,19 @@ def test_frames_of_different_spaces_are_refused(tmp_path, scene, model):
         safnet.fuse_files(frames, evs=EVS, model=model)
 
 
+@pytest.mark.parametrize(("tag", "measured"), [({}, True), ({"ICCProfile": cms_profile("Rec.709")}, False)])
+def test_a_curve_is_measured_where_none_is_known(tmp_path, model, tag, measured):
+    """Frames whose levels contradict each other, as those of a camera's S-shaped curve do."""
+    radiance = make_radiance(height=128, width=192)
+    for number, ev in enumerate(EVS):
+        ldr = np.clip(radiance * 2.0 ** (ev - EVS[0]), 0, 1) ** (1 / 2.2)
+        bent = ldr**1.6 / (ldr**1.6 + (1 - ldr) ** 1.6)
+        codes = np.round(bent * 255 if measured else bent**2.2 * 255).astype(np.uint8)
+        save_tagged(tmp_path / f"{number}.png", codes, "uint8", **tag)
+    result = safnet.fuse_files(sorted(tmp_path.glob("*.png")), evs=EVS, model=model)
+    assert (result.curve is not None) == measured
+
+
 def test_linear_frames_without_a_word_are_noticed(tmp_path, scene, model):
     for number, ev in enumerate(EVS):
         codes = np.round((scene * 2 ** (ev - EVS[0])).clip(0, 1) * 65535).astype(np.uint16)

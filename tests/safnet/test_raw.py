@@ -99,6 +99,10 @@ def test_each_channel_clips_at_1_and_nothing_is_brightened(tmp_path):
     expected = light[HEIGHT // 2, :, 0].clip(max=1)
     assert np.abs(found[:, HEIGHT // 2, 4:-4] - expected[4:-4]).max() < 0.02
     assert (found[:, :, -30:] == 1).all()
+    bright = read_header(
+        save_dng(tmp_path / "bright.dng", light * 0.55)
+    )  # of which LibRaw would make the brightest white
+    assert ldr_values(read_frame(bright)).max() ** GAMMA == pytest.approx(0.88, abs=0.01)
     dark = read_header(save_dng(tmp_path / "dark.dng", light / 100))
     assert ldr_values(read_frame(dark)).max() ** GAMMA == pytest.approx(0.016, rel=0.05)
 
