@@ -173,6 +173,10 @@ def read_header(path: Path, curve: Curve | None = None) -> Header:
     if path.suffix.lower() in RAW_EXTENSIONS:
         from safnet.raw import read_raw_header
 
+        if curve is not None and not curve.is_linear:
+            raise ImageError(
+                f"{path}: camera raw files are linear: --curve {curve.name} cannot be theirs; leave it out"
+            )
         return read_raw_header(path)
     if path.suffix.lower() in HEIF_EXTENSIONS:
         from safnet.heif import read_heif_header

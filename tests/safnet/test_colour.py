@@ -8,6 +8,7 @@ import zlib
 import imagecodecs
 import numpy as np
 import OpenImageIO as oiio
+import pillow_heif
 import pytest
 import torch
 from PIL import Image, ImageCms
@@ -180,6 +181,23 @@ def test_given_curves_win_and_published_data_is_of_gamma_2_2(tmp_path):
         assert np.allclose(
             ldr_values(read_frame(header))[0].permute(1, 2, 0).numpy() ** GAMMA, light, rtol=1e-3, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jfif", ".png", ".tif", ".webp", ".jxl", ".avif", ".heic"])
+def test_profiles_of_all_formats(tmp_path, suffix):
+    """A grey frame of 8 bits whose profile is that of linear Display P3."""
+    path, profile = tmp_path / f"a{suffix}", icc.make_profile(P3, "linear")
+    codes = np.full((32, 32, 3), 128, np.uint8)
+    if suffix == ".jxl":
+        save_tagged(path, codes, "uint8", ICCProfile=profile)
+    elif suffix == ".heic":
+        pillow_heif.from_pillow(Image.fromarray(codes)).save(path, quality=-1, icc_profile=profile)
+    else:
+        form = {".jpg": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper())
+        Image.fromarray(codes).save(path, form, icc_profile=profile)
+    header = read_header(path)
+    assert conversion(header.colour.space, P3) is None
+    assert ldr_values(read_frame(header)).numpy() ** GAMMA == pytest.approx(128 / 255, abs=0.01)
 
 
 @pytest.mark.parametrize("text", ["magic", "0", "-2", "nan", "inf", "22", ""])

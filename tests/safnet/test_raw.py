@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import safnet
 from safnet.cli import app
-from safnet.colour import REC709, conversion
+from safnet.colour import LINEAR, REC709, SRGB, conversion
 from safnet.images import ImageError, read_frame, read_frames, read_header
 from safnet.model import SAFNet
 from safnet.radiance import GAMMA, ldr_values
@@ -147,6 +147,13 @@ def test_a_bracket_of_raw_files_is_fused_to_rec_709(tmp_path, model):
     assert np.median(np.abs(found / light - 1)[inner]) < 0.01
     slope = np.polyfit(np.log(light[inner].ravel()), np.log(found[inner].ravel()), 1)[0]
     assert slope == pytest.approx(1, abs=0.02)
+
+
+def test_a_curve_cannot_be_given(tmp_path):
+    path = save_dng(tmp_path / "a.dng", smooth_light())
+    with pytest.raises(ImageError, match=r"a\.dng: camera raw files are linear: --curve sRGB cannot be theirs"):
+        read_header(path, SRGB)
+    assert read_header(path, LINEAR).colour.is_linear
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path):
