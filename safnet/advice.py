@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from safnet.align import Aligned, Bracket, exposed_alike
 from safnet.calibrate import LARGEST_SURPRISE, Calibration, Exposure, measure_exposures
 from safnet.motion import LARGEST_ROLL
+from safnet.radiance import GAMMA
 
 NAMES = ("short", "reference", "long")
 SAME = 2e-3  # mean difference in LDR values below which two frames are one picture
 FEWEST_ALIKE = 0.5  # of the pixels that can be compared, which must show the same in frames of one scene
 FEWEST_COMPARABLE = 0.02  # of the pixels, which tell enough
 LARGEST_TINT = 0.15  # stops between the colours' exposures
+LINEAR_ERROR = 0.05  # share by which measured EVs may differ from 2.2 times the given ones, as which linear frames show
 
 
 def advise(bracket: Bracket, aligned: Aligned, calibration: Calibration, evs: Sequence[float]) -> tuple[str, ...]:
@@ -24,9 +26,14 @@ def advise(bracket: Bracket, aligned: Aligned, calibration: Calibration, evs: Se
     """
     if (twins := _twins(bracket)) is not None:
         return (twins,)
-    found = []
+    found: list[str] = []
     straight = [calibration.straighten(frame) for frame in bracket.frames]
     exposures = measure_exposures(straight, aligned.visible_flows())
+    if calibration.curve is None and _are_linear(exposures, evs):
+        return (
+            "the frames are 2.2 times as many stops apart as their EVs say: their values are linear, as the files do not say. "
+            "Give --curve linear",
+        )
     for number, exposure in zip((0, 2), exposures, strict=True):
         name = NAMES[number]
         if (stranger := _stranger(bracket, aligned, number, calibration.evs)) is not None:
@@ -39,6 +46,14 @@ def advise(bracket: Bracket, aligned: Aligned, calibration: Calibration, evs: Se
             "EVs and gamma 2.2 are taken as given"
         )
     return tuple(found)
+
+
+def _are_linear(exposures: Sequence[Exposure | None], evs: Sequence[float]) -> bool:
+    """Whether values of which gamma 2.2 was undone are light itself: each stop of theirs then counts 2.2."""
+    return all(
+        exposure is not None and abs(exposure.stops / ((evs[number] - evs[1]) * GAMMA) - 1) < LINEAR_ERROR
+        for number, exposure in zip((0, 2), exposures, strict=True)
+    )
 
 
 def _twins(bracket: Bracket) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import safnet_ops
 from safnet.model import SIZE_MULTIPLE, Alignment, SAFNet
 from safnet.motion import Motion, apply_motion, estimate_motion, motion_at, motion_flow
-from safnet.radiance import GAMMA, exposure_input, exposure_ratios, ldr_values
+from safnet.radiance import GAMMA, Frame, exposure_input, exposure_ratios, ldr_values, map_codes
 
 WORKING_PIXELS = 1.5e6  # at which frames are aligned
 COARSEST_SIDE = 160  # pixels of the shorter side where the network begins, those of its training scenes
@@ -69,7 +69,7 @@ class Aligned(NamedTuple):
         )
 
 
-def reduce_frames(frames: Sequence[Tensor], evs: Sequence[float], global_motion: bool = True) -> Bracket:
+def reduce_frames(frames: Sequence[Frame], evs: Sequence[float], global_motion: bool = True) -> Bracket:
     """Frames of any size -> what is aligned of them.
 
     Args:
@@ -139,16 +139,16 @@ def _between(values: Tensor, axis: int, lower: Tensor, upper: Tensor, fraction: 
     return torch.lerp(below, above, fraction.to(values).view(-1, *(1,) * (3 - axis)))
 
 
-def _reduce(frame: Tensor) -> Tensor:
+def _reduce(frame: Frame) -> Tensor:
     """LDR values in [0, 1] of a frame reduced to WORKING_PIXELS, each pixel the mean of those that it covers."""
     height, width = frame.shape[2:]
     factor = (WORKING_PIXELS / (height * width)) ** 0.5
     if factor >= 1:
         return ldr_values(frame)
     size = max(1, round(height * factor)), max(1, round(width * factor))
-    if not frame.is_floating_point() and factor < 0.4:
+    if not frame.dtype.is_floating_point and factor < 0.4:
         # In integers first, which is ten times faster; their rounding is averaged out by the second step.
-        frame = _mean_of_areas(frame, (2 * size[0], 2 * size[1]))
+        frame = map_codes(frame, lambda codes: _mean_of_areas(codes, (2 * size[0], 2 * size[1])))
     return _mean_of_areas(ldr_values(frame), size)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import safnet_ops
-from safnet.radiance import GAMMA
+from safnet.radiance import GAMMA, Frame
 
 DARKEST, BRIGHTEST = 0.03, 0.96  # LDR values between which a frame is neither noise nor clipped
 SMALLEST_PART = 0.01  # of the values, which must be well exposed in both frames
@@ -58,7 +58,7 @@ class Calibration(NamedTuple):
         return frame if self.curve is None else develop(frame, self.curve)
 
 
-def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> Calibration:
+def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align, known_curve: bool = False) -> Calibration:
     """Find the camera's curve and correct the EVs, as far as frames show them.
 
     Where levels of brightness contradict each other, the camera's curve is fitted to them as by Debevec and Malik 1997, but
@@ -70,6 +70,7 @@ def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> C
         evs: exposure values in stops, ascending.
         align: frames and EVs -> flows of short and long (1, 2, h, w) from the reference, in pixels of h x w, where the frames
             are compared.
+        known_curve: the values are of gamma 2.2 for certain: measure EVs alone.
 
     Raises:
         ValueError: not three frames of that shape and one size, or not three finite EVs that ascend.
@@ -77,7 +78,7 @@ def calibrate(frames: Sequence[Tensor], evs: Sequence[float], align: Align) -> C
     check_bracket("calibrate", frames, evs)
     frames = [_shrink(frame) for frame in frames]
     flows = align(frames, evs)
-    found = Calibration(tuple(evs), measure_curve(frames, flows, evs))
+    found = Calibration(tuple(evs), None if known_curve else measure_curve(frames, flows, evs))
     exposures = measure_exposures([found.straighten(frame) for frame in frames], flows)
     measured = tuple(None if exposure is None else evs[1] + exposure.stops for exposure in exposures)
     return found._replace(evs=believed_evs(exposures, evs), measured=(measured[0], measured[1]))
@@ -173,7 +174,7 @@ def develop(frame: Tensor, curve: Tensor) -> Tensor:
     return frame * (torch.lerp(curve[knot], curve[knot + 1], position - knot) / GAMMA).exp2()
 
 
-def check_bracket(operator: str, frames: Sequence[Tensor], evs: Sequence[float]) -> None:
+def check_bracket(operator: str, frames: Sequence[Frame], evs: Sequence[float]) -> None:
     """Raise ValueError, naming the operator, unless there are three frames (1, 3, H, W) and three finite EVs that ascend."""
     shapes = [tuple(frame.shape) for frame in frames]
     if len(shapes) != 3 or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][:2] != (1, 3):

@@ -11,4 +11,6 @@ DatasetName = Literal["kalantari17", "challenge123", "tel23", "ntire21", "folder
 Split = Literal["Training", "Test"]  # of a data set
 PanoramaSplit = Literal["train", "validation", "all"]
 Depth = Literal["half", "float", "uint16"]  # numbers in radiance files
-ToneMap = Literal["mu-law", "reinhard"]
+ToneMap = Literal["photo", "reinhard", "mu-law"]
+Look = Literal["natural", "neutral", "flat"]  # of the tone map "photo"
+ColourSpace = Literal["rec709", "p3", "rec2020", "input"]  # of results; input: the frames' own primaries

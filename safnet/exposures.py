@@ -11,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from safnet.images import Header, find_frames, read_header
+from safnet.colour import Curve, Space, conversion
+from safnet.images import FOREIGN_EXTENSIONS, RAW_EXTENSIONS, Header, ImageError, find_frames, read_header
 
 FRAMES = 3
 EXPOSURE_FILE = "exposure.txt"
@@ -34,29 +35,50 @@ class Bracket(NamedTuple):
     evs: tuple[float, ...]
 
     @property
+    def space(self) -> Space:
+        """Primaries of all frames."""
+        return self.frames[1].colour.space
+
+    @property
+    def has_known_curve(self) -> bool:
+        """Whether the frames' values are light itself, of which no camera made a picture."""
+        return all(frame.colour.is_linear for frame in self.frames)
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         return self.frames[0].width, self.frames[0].height
 
 
-def open_bracket(paths: Sequence[Path], given: Sequence[float] | None = None, besides: Sequence[Path] = ()) -> Bracket:
+def open_bracket(
+    paths: Sequence[Path],
+    given: Sequence[float] | None = None,
+    besides: Sequence[Path] = (),
+    curve: Curve | None = None,
+) -> Bracket:
     """Look at three frames, or at the three in a folder, without reading their pixels, and sort them by exposure.
 
     Args:
         paths: three files in any order, or one folder (its pictures count by file name).
         given: EVs of the frames in that order, which win over exposure.txt and EXIF.
-        besides: files that are no frames though they lie in the folder.
+        besides: files that are to be written: they are no frames though they may lie in the folder.
+        curve: of the frames, if not that which they state themselves.
 
     Raises:
         ExposureError, ImageError: not three frames, of different sizes, unreadable, or without usable exposures.
     """
     if len(paths) == 1 and paths[0].is_dir():
-        files = find_frames(paths[0], besides)
-        _check_count(files, f"folder {paths[0]} must hold {FRAMES} frames")
+        for path in besides:
+            if path.resolve() in [frame.resolve() for frame in find_frames(paths[0])]:
+                raise ImageError(
+                    f"{path} is a picture of the folder whose frames are to be fused; write to another name"
+                )
+        files = find_frames(paths[0])
+        _check_count(files, f"folder {paths[0]} must hold {FRAMES} frames", paths[0])
     else:
         files = list(paths)
         _check_count(files, f"frames must be {FRAMES} files or one folder")
-    frames = [read_header(file) for file in files]
+    frames = [read_header(file, curve) for file in files]
     _check_alike(frames)
     pairs = sorted(zip(find_evs(frames, given, besides), frames, strict=True), key=lambda pair: pair[0])
     return Bracket(tuple(frame for _, frame in pairs), tuple(ev for ev, _ in pairs))
@@ -116,9 +138,7 @@ def exif_evs(frames: Sequence[Header]) -> list[float]:
         lacking = [str(frame.path) for frame in frames if getattr(frame, name) is None]
         if lacking and (name == "exposure_time" or len(lacking) < len(frames)):
             kind = {"exposure_time": "exposure time", "iso": "ISO", "f_number": "aperture"}[name]
-            raise ExposureError(
-                f"no {kind} in the EXIF data of {', '.join(lacking)}; {HINT}, in the order of the frames"
-            )
+            raise ExposureError(f"no {kind} in the EXIF data of {', '.join(lacking)}; {_offer(frames)}")
     return [
         math.log2((frame.exposure_time or 1) * (frame.iso or 100) / 100 / (frame.f_number or 1) ** 2)
         for frame in frames
@@ -184,17 +204,55 @@ def _value(word: str) -> float:
     return float(word.replace(",", "."))
 
 
+def _offer(frames: Sequence[Header]) -> str:
+    """What to do without exposures: the frames' biases, if they differ, which are likely what was bracketed by."""
+    biases = [frame.bias for frame in frames if frame.bias is not None]
+    if len(biases) == len(frames) and len(set(biases)) == len(frames):
+        stops = " ".join(f"{bias:+.3g}" if bias else "0" for bias in biases)
+        return f"their exposure biases are {stops}: if these are the bracket, give --ev {stops}"
+    return f"{HINT}, in the order of the frames"
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def _check_count(files: Sequence[Path], demand: str) -> None:
+def _check_count(files: Sequence[Path], demand: str, folder: Path | None = None) -> None:
     if len(files) == FRAMES:
         return
     names = f" ({', '.join(file.name for file in files)})" if files else ""
     advice = ""
     if len(files) > FRAMES:
-        advice = f"; choose three, for example: {files[0]} {files[len(files) // 2]} {files[-1]}"
+        advice = f"; choose three, for example: {' '.join(map(str, choose_three(files)))}"
+    elif folder is not None:
+        foreign = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FOREIGN_EXTENSIONS)
+        if foreign:
+            advice = f"; {', '.join(foreign)} cannot be read: convert to TIFF or PNG"
     raise ExposureError(f"{demand}, got {len(files)}{names}{advice}")
+
+
+def choose_three(files: Sequence[Path]) -> list[Path]:
+    """Three of more frames that make a bracket: the darkest, middle and brightest of the first series, by EXIF or exposure.txt,
+    in which no exposure comes twice; where exposures are missing, the first, middle and last by name."""
+    raw = [file for file in files if file.suffix.lower() in RAW_EXTENSIONS]
+    if len(raw) >= FRAMES:  # with the camera's JPEGs beside them
+        files = raw
+    ends = [files[0], files[len(files) // 2], files[-1]]
+    try:
+        frames = [read_header(file) for file in files]
+        file = exposure_file(frames)
+        evs = exif_evs(frames) if file is None else read_exposure_file(file, frames)
+    except (ExposureError, ImageError):
+        return ends
+    series: list[list[tuple[float, Path]]] = [[]]
+    for ev, frame in zip(evs, frames, strict=True):
+        if any(abs(ev - other) < SMALLEST_STEP for other, _ in series[-1]):
+            series.append([])
+        series[-1].append((ev, frame.path))
+    for found in series:
+        if len(found) >= FRAMES:
+            found.sort()
+            return [found[0][1], found[len(found) // 2][1], found[-1][1]]
+    return ends
 
 
 def _check_alike(frames: Sequence[Header]) -> None:
@@ -207,6 +265,11 @@ def _check_alike(frames: Sequence[Header]) -> None:
             )
         if frame.path.resolve() in [other.path.resolve() for other in frames[:number]]:
             raise ExposureError(f"frames must be three different files, got {frame.path} twice")
+        if conversion(frame.colour.space, first.colour.space) is not None:
+            raise ExposureError(
+                f"frames must be of one colour space, got {first.path} of {first.colour.space.name} and {frame.path} of "
+                f"{frame.colour.space.name}"
+            )
 
 
 def _check_evs(evs: list[float], frames: Sequence[Header], source: str) -> None:

@@ -17,7 +17,7 @@ from safnet.align import Aligned, Bracket, align, full_size, reduce_frames
 from safnet.calibrate import Calibration, calibrate, check_bracket
 from safnet.merge import measure_noise, trust_in_refining, weigh_by_noise
 from safnet.model import Alignment, Fusion, SAFNet
-from safnet.radiance import INTEGER_SCALES, exposure_input, exposure_ratios, ldr_values
+from safnet.radiance import INTEGER_SCALES, Frame, StoredFrame, exposure_input, exposure_ratios, ldr_values
 
 TILE = 448  # pixels a side: larger ones waste less on margins, smaller ones need less memory
 NO_SURPRISE = 0.05  # stops between given and measured exposures that do not change an alignment
@@ -49,10 +49,11 @@ class Result(NamedTuple):
 
 def fuse_exposures(
     model: SAFNet,
-    frames: Sequence[Tensor],
+    frames: Sequence[Frame],
     evs: Sequence[float],
     *,
     measure: bool = False,
+    known_curve: bool = False,
     alignment: Literal["frame", "paper"] = "frame",
     global_motion: bool = True,
     keep_fusion: bool = True,
@@ -64,10 +65,12 @@ def fuse_exposures(
 
     Args:
         model: in eval mode, on the device where the work shall run.
-        frames: short, reference, long: (1, 3, H, W), LDR values: floats in [0, 1], or uint8 or uint16 as files hold them.
+        frames: short, reference, long: (1, 3, H, W), LDR values: floats in [0, 1], or uint8 or uint16 as files hold them,
+            with a table of what they mean where that is not gamma 2.2 (`radiance.StoredFrame`).
         evs: their exposure values in stops, ascending.
         measure: find out the outer frames' true exposures and the camera's curve (see `calibrate`), instead of trusting
             `evs` and assuming gamma 2.2.
+        known_curve: the frames are of gamma 2.2 for certain, as those from linear files are: measure the exposures alone.
         alignment: "frame": as far as the frame needs, whatever its size (see `safnet.align`). "paper": four levels on the
             frame at half size, which makes the result, unless measuring, that of the model's forward to 1e-4.
         global_motion: of alignment "frame": look for the motion of the whole camera first.
@@ -85,7 +88,9 @@ def fuse_exposures(
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         progress("aligning", 0, 1)
         bracket = reduce_frames(frames, evs, global_motion) if alignment == "frame" else None
-        found, aligned = _calibrate(model, frames, bracket, evs) if measure else (Calibration(tuple(evs)), None)
+        found, aligned = (
+            _calibrate(model, frames, bracket, evs, known_curve) if measure else (Calibration(tuple(evs)), None)
+        )
         if aligned is None:
             aligned = _align(model, frames, bracket, found)
         advice = advise(bracket, aligned, found, evs) if bracket is not None and measure else ()
@@ -107,10 +112,10 @@ def fuse_exposures(
     return Result(radiance, fusion, found.evs, found.curve, tuple(evs), aligned.covered, advice)
 
 
-def _check(frames: Sequence[Tensor], evs: Sequence[float], tile: int | None) -> None:
+def _check(frames: Sequence[Frame], evs: Sequence[float], tile: int | None) -> None:
     check_bracket("fuse_exposures", frames, evs)
     for name, frame in zip(("short", "reference", "long"), frames, strict=True):
-        if frame.dtype in INTEGER_SCALES:
+        if isinstance(frame, StoredFrame) or frame.dtype in INTEGER_SCALES:
             continue
         if frame.dtype != torch.float32:
             raise ValueError(f"fuse_exposures: the {name} frame must be float32, uint8 or uint16, got {frame.dtype}")
@@ -122,7 +127,7 @@ def _check(frames: Sequence[Tensor], evs: Sequence[float], tile: int | None) -> 
 
 
 def _whole_exposures(
-    frames: Sequence[Tensor], calibration: Calibration, device: torch.device
+    frames: Sequence[Frame], calibration: Calibration, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     short, reference, long = (
         exposure_input(calibration.straighten(ldr_values(frame).to(device)), ratio)
@@ -132,7 +137,7 @@ def _whole_exposures(
 
 
 def _calibrate(
-    model: SAFNet, frames: Sequence[Tensor], bracket: Bracket | None, evs: Sequence[float]
+    model: SAFNet, frames: Sequence[Frame], bracket: Bracket | None, evs: Sequence[float], known_curve: bool
 ) -> tuple[Calibration, Aligned | None]:
     """What the frames show of curve and exposures, and the alignment found on the way if another would hardly differ."""
     given = Calibration(tuple(evs))
@@ -144,19 +149,20 @@ def _calibrate(
         seen.append(align(model, bracket, evs))
         return seen[0].visible_flows()
 
-    found = calibrate(bracket.frames if bracket is not None else [ldr_values(frame) for frame in frames], evs, flows)
+    values = bracket.frames if bracket is not None else [ldr_values(frame) for frame in frames]
+    found = calibrate(values, evs, flows, known_curve)
     surprise = max(abs(first - second) for first, second in zip(found.evs, evs, strict=True))
     as_given = found.curve is None and surprise <= NO_SURPRISE
     return found, seen[0] if seen and as_given else None
 
 
-def _align(model: SAFNet, frames: Sequence[Tensor], bracket: Bracket | None, calibration: Calibration) -> Aligned:
+def _align(model: SAFNet, frames: Sequence[Frame], bracket: Bracket | None, calibration: Calibration) -> Aligned:
     if bracket is not None:
         return align(model, bracket, calibration.evs, calibration.straighten)
     return _align_as_published(model, frames, calibration)
 
 
-def _align_as_published(model: SAFNet, frames: Sequence[Tensor], calibration: Calibration) -> Aligned:
+def _align_as_published(model: SAFNet, frames: Sequence[Frame], calibration: Calibration) -> Aligned:
     device = next(model.parameters()).device
     found = model.estimate(*_whole_exposures(frames, calibration, device))
     return Aligned(found, float("nan"), (1.0, 1.0))
@@ -185,7 +191,7 @@ class _Warped(NamedTuple):
 
 def _warp_part(
     model: SAFNet,
-    frames: Sequence[Tensor],
+    frames: Sequence[Frame],
     calibration: Calibration,
     alignment: Alignment,
     part: tuple[slice, slice],
@@ -214,7 +220,7 @@ def _warp_part(
     return _Warped(short, exposure(1, part), long, (short_features, long_features), aligned)
 
 
-def _measure_noise(model: SAFNet, frames: Sequence[Tensor], calibration: Calibration, alignment: Alignment) -> Tensor:
+def _measure_noise(model: SAFNet, frames: Sequence[Frame], calibration: Calibration, alignment: Alignment) -> Tensor:
     """What `merge.measure_noise` finds in a few places of the frame, at full size."""
     height, width = frames[1].shape[2:]
     places = [
@@ -239,7 +245,7 @@ def _samples(length: int) -> list[slice]:
 
 def _fuse_tile(
     model: SAFNet,
-    frames: Sequence[Tensor],
+    frames: Sequence[Frame],
     calibration: Calibration,
     alignment: Alignment,
     noise: Tensor | None,

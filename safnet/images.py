@@ -1,6 +1,10 @@
-"""Pictures in and out, through OpenImageIO: frames by the network's input protocol, results by their file names."""
+"""Pictures in and out, through OpenImageIO: frames by what they say of their colours, results by their file names.
+
+Camera raw files are read by `safnet.raw`, HEIC and AVIF by `safnet.heif`, where these libraries are installed.
+"""
 
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,18 +17,62 @@ import numpy as np
 import numpy.typing as npt
 import OpenImageIO as oiio
 import torch
+from PIL import Image
 
+from safnet import icc
 from safnet.choices import Depth
+from safnet.colour import (
+    ACES,
+    ACES_CG,
+    ADOBE_RGB,
+    BT709,
+    LINEAR,
+    P3,
+    REC709,
+    REC2020,
+    SRGB,
+    UNKNOWN,
+    Colour,
+    Curve,
+    Space,
+    conversion,
+    gamma_curve,
+)
 from safnet.files import written_whole
-from safnet.radiance import GAMMA, ldr_values
+from safnet.radiance import GAMMA, Frame, StoredFrame, ldr_values
 
 FloatPicture = npt.NDArray[np.float32]
 BytePicture = npt.NDArray[np.uint8]
 FramePicture = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | FloatPicture
 
-FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".exr")
+# Read by OpenImageIO itself; those of further libraries follow.
+PLAIN_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".exr", ".webp", ".jxl")
+RAW_EXTENSIONS = (
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".raf", ".rw2", ".orf", ".pef", ".srw", ".iiq"),
+    *(".3fr", ".fff", ".rwl", ".mrw", ".erf", ".kdc", ".mos", ".x3f"),
+)
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif", ".avif")
+FRAME_EXTENSIONS = (*PLAIN_EXTENSIONS, *RAW_EXTENSIONS, *HEIF_EXTENSIONS)
+# Pictures that a folder may hold and that are named where frames are wanting.
+FOREIGN_EXTENSIONS = (
+    ".bmp",
+    ".gif",
+    ".psd",
+    ".psb",
+    ".tga",
+    ".jp2",
+    ".j2k",
+    ".hdr",
+    ".ppm",
+    ".xcf",
+    ".dpx",
+    ".jpe",
+    ".jxr",
+)
+JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jfif")
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 # What each radiance format can hold; the first is the default.
+ULTRA_HDR_EXTENSIONS = (".jpg", ".jpeg")  # results of 8 bits and a gain map
 DEPTHS: dict[str, tuple[Depth, ...]] = {
     ".exr": ("half", "float"),
     ".hdr": ("float",),  # stored as RGBE, the only form that .hdr has
@@ -34,6 +82,26 @@ DEPTHS: dict[str, tuple[Depth, ...]] = {
 # 16-bit values are divided by 2^16, not by 65535, as the published SAFNet does; 32-bit ones follow suit.
 INTEGER_SCALES = {"uint8": 255.0, "uint16": 2.0**16, "uint32": 2.0**32}
 FLOAT_TYPES = ("half", "float", "double")
+RESULT = "safnet fuse"  # the "Software" of what it wrote
+# Primaries and transfer characteristics by their numbers in ITU-T H.273, as PNG, HEIF and AVIF name them.
+CICP_SPACES = {1: REC709, 2: REC709, 9: REC2020, 12: P3}
+CICP_CURVES = {**dict.fromkeys((1, 6, 14, 15), BT709), 4: gamma_curve(2.2), 5: gamma_curve(2.8), 8: LINEAR, 13: SRGB}
+LINEAR_SPACES = {  # by the colorInteropID of EXR files
+    "lin_rec709_scene": REC709,
+    "lin_p3d65_scene": P3,
+    "lin_rec2020_scene": REC2020,
+    "lin_adobergb_scene": ADOBE_RGB,
+    "lin_ap1_scene": ACES_CG,
+    "lin_ap0_scene": ACES,
+}
+# Of the reference frame's metadata, what goes on into results: camera, lens, settings, date, place, author.
+KEPT = re.compile(
+    "Make|Model|Artist|Copyright|ImageDescription|DateTime|ExposureTime|FNumber|GPS:.+|IPTC:.+|Exif:(Lens.+|BodySerialNumber"
+    "|CameraOwnerName|FocalLength.*|PhotographicSensitivity|ISOSpeedRatings|DateTime.+|SubsecTime.*|OffsetTime.*|MeteringMode"
+    "|Flash|ExposureProgram|ExposureMode|LightSource|WhiteBalance|UserComment)"
+)
+
+Metadata = tuple[tuple[str, Any, Any], ...]  # names, OpenImageIO's types, values
 
 
 class ImageError(ValueError):
@@ -42,29 +110,78 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture file says of itself; sizes are those of the upright picture, in pixels."""
+    """What a picture file says of itself; sizes are those of the upright picture, in pixels.
+
+    Attributes:
+        exposure_time: in seconds.
+        bias: exposure compensation in stops.
+        colour: what its numbers mean.
+        metadata: what goes on into results.
+        software: that wrote it.
+    """
 
     path: Path
     width: int
     height: int
-    exposure_time: float | None  # seconds
-    f_number: float | None
-    iso: float | None
-    profile: bytes | None  # ICC colour profile
+    exposure_time: float | None = None
+    f_number: float | None = None
+    iso: float | None = None
+    bias: float | None = None
+    colour: Colour = UNKNOWN
+    metadata: Metadata = ()
+    software: str = ""
 
 
 def find_frames(folder: Path, besides: Iterable[Path] = ()) -> list[Path]:
-    """The pictures of a folder by file name, without hidden files and those in `besides` (an earlier run's results)."""
+    """The pictures of a folder by file name, without hidden files, earlier results of `safnet fuse` and those in `besides`."""
     left_out = {path.resolve() for path in besides}
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in FRAME_EXTENSIONS and not path.name.startswith(".") and path.resolve() not in left_out
+        if path.suffix.lower() in FRAME_EXTENSIONS
+        and not path.name.startswith(".")
+        and path.resolve() not in left_out
+        and not is_result(path)
     )
 
 
-def read_header(path: Path) -> Header:
-    """Size, exposure metadata and colour profile, without reading pixels. Raises ImageError if it is no picture."""
+def is_result(path: Path) -> bool:
+    """Whether `safnet fuse` wrote a file, be it result, preview or inspection."""
+    if path.suffix.lower() not in (*DEPTHS, *PICTURE_EXTENSIONS) or not path.is_file():
+        return False
+    with _silent_codecs():
+        source = oiio.ImageInput.open(str(path))
+    if source is None:
+        oiio.geterror()
+        return False
+    try:
+        return source.spec().get_string_attribute("Software") == RESULT
+    finally:
+        source.close()
+
+
+def read_header(path: Path, curve: Curve | None = None) -> Header:
+    """Size, metadata and colour, without reading pixels.
+
+    Args:
+        curve: wins over what the file says of its curve.
+
+    Raises:
+        ImageError: it is no picture, or its colours cannot be known.
+    """
+    _check_frame_name(path)
+    if path.suffix.lower() in RAW_EXTENSIONS:
+        from safnet.raw import read_raw_header
+
+        if curve is not None and not curve.is_linear:
+            raise ImageError(
+                f"{path}: camera raw files are linear: --curve {curve.name} cannot be theirs; leave it out"
+            )
+        return read_raw_header(path)
+    if path.suffix.lower() in HEIF_EXTENSIONS:
+        from safnet.heif import read_heif_header
+
+        return read_heif_header(path, curve)
     with _open(path) as source:
         spec = source.spec()
         _colour_channels(path, spec)
@@ -72,77 +189,186 @@ def read_header(path: Path) -> Header:
         width, height = spec.width, spec.height
         if _orientation(spec) >= 5:
             width, height = height, width
+        time, aperture, iso, bias = exposure_metadata(spec)
         return Header(
             path,
             width,
             height,
-            _positive(spec, "ExposureTime"),
-            _positive(spec, "FNumber"),
-            _positive(spec, "Exif:PhotographicSensitivity") or _positive(spec, "Exif:ISOSpeedRatings"),
-            _profile(spec),
+            time,
+            aperture,
+            iso,
+            bias,
+            _colour(path, spec, curve),
+            kept_metadata(spec),
+            spec.get_string_attribute("Software"),
         )
 
 
+def exposure_metadata(spec: Any) -> tuple[float | None, float | None, float | None, float | None]:
+    """Exposure time in seconds, f-number, ISO and bias in stops; time and f-number from APEX values if from nothing else."""
+    time, aperture = _positive(spec, "ExposureTime"), _positive(spec, "FNumber")
+    shutter_value, aperture_value = (_number(spec, f"Exif:{name}") for name in ("ShutterSpeedValue", "ApertureValue"))
+    if time is None and shutter_value is not None:
+        time = 2.0**-shutter_value
+    if aperture is None and aperture_value is not None:
+        aperture = 2.0 ** (aperture_value / 2)
+    iso = _positive(spec, "Exif:PhotographicSensitivity") or _positive(spec, "Exif:ISOSpeedRatings")
+    return time, aperture, iso, _number(spec, "Exif:ExposureBiasValue")
+
+
+def kept_metadata(spec: Any) -> Metadata:
+    return tuple(
+        (item.name, item.type, item.value)
+        for item in spec.extra_attribs
+        if KEPT.fullmatch(item.name) and item.value is not None
+    )
+
+
 def read_ldr(path: Path) -> FloatPicture:
-    """Read one exposure as LDR RGB (H, W, 3) in [0, 1], gamma 2.2, upright: `read_frame`, in floats."""
-    return np.ascontiguousarray(ldr_values(torch.from_numpy(read_frame(path))).numpy())
+    """Read one exposure as LDR RGB (H, W, 3) in [0, 1], upright, as the published SAFNet does: of gamma 2.2, whatever the file
+    says; float values are linear."""
+    _check_frame_name(path)
+    return np.ascontiguousarray(ldr_values(torch.from_numpy(_read_pixels(path, UNKNOWN))).numpy())
 
 
-def read_frames(paths: Sequence[Path]) -> list[FramePicture]:
-    """`read_frame` of several files at once: decoding takes one core each."""
-    with _silent_codecs(), ThreadPoolExecutor(len(paths)) as pool:
-        return list(pool.map(read_frame, paths))
+def read_frames(frames: Sequence[Header]) -> list[Frame]:
+    """`read_frame` of the frames of a bracket at once: decoding takes one core each. Raw files get the middle one's white
+    balance."""
+    with _silent_codecs(), ThreadPoolExecutor(len(frames)) as pool:
+        return list(pool.map(read_frame, frames, [frames[len(frames) // 2]] * len(frames)))
 
 
-def read_frame(path: Path) -> FramePicture:
-    """Read one exposure as LDR RGB (H, W, 3), gamma 2.2, upright, in the bits of its file: see `radiance.ldr_values`.
+def read_frame(frame: Header, balanced_as: Header | None = None) -> Frame:
+    """Read one exposure as RGB (1, 3, H, W), upright, in the bits of its file and in its own primaries, with what they mean.
 
-    8 and 16-bit values are as in the file, 32-bit ones are floats in [0, 1]. Float files hold linear values of which 1 is the
-    frame's clipping point: they are clipped to [0, 1] and encoded by x^(1 / 2.2), which the network undoes. Grey is
-    repeated to RGB, CMYK converted, alpha and further channels are ignored.
+    8 and 16-bit values are as in the file. 32-bit ones become floats in [0, 1], LDR values of gamma 2.2; 1 is the frame's
+    clipping point, to which float files are clipped. Grey is repeated to RGB, alpha and further channels are ignored. CMYK,
+    and colours whose profile is a table, are converted to sRGB.
+
+    Args:
+        frame: of `read_header`.
+        balanced_as: raw files are white-balanced as this one of them; as they say themselves if None.
 
     Raises:
         ImageError: the file is missing, unreadable, truncated, or its channels are neither RGB nor grey.
     """
+    colour = frame.colour
+    if frame.path.suffix.lower() in RAW_EXTENSIONS:
+        from safnet.raw import read_raw_pixels
+
+        pixels: FramePicture = read_raw_pixels(frame.path, (balanced_as or frame).path)
+    elif frame.path.suffix.lower() in HEIF_EXTENSIONS:
+        from safnet.heif import read_heif_pixels
+
+        pixels = read_heif_pixels(frame.path)
+    else:
+        pixels = _read_pixels(frame.path, colour)
+    codes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    table = None if codes.is_floating_point() else colour.table(torch.iinfo(codes.dtype).max + 1)
+    return codes if table is None else StoredFrame(codes, table)
+
+
+def _read_pixels(path: Path, colour: Colour) -> FramePicture:
+    """Pixels (H, W, 3) in the bits of the file, floats as LDR values of gamma 2.2."""
     with _open(path) as source, _silent_codecs():
         spec = source.spec()
-        pixels = source.read_image(0, 0, 0, spec.nchannels, spec.format)
+        shown = _has_gain_map(path, spec)
+        pixels: Any = _shown_pixels(path) if shown else source.read_image(0, 0, 0, spec.nchannels, spec.format)
         if pixels is None or source.has_error:
             raise ImageError(f"{path} cannot be read, it may be truncated: {_first_line(source.geterror())}")
-    channels = _colour_channels(path, spec)
-    if channels != [0, 1, 2] or pixels.shape[2] != 3:
-        pixels = pixels[:, :, channels]
+    if colour.profile is not None:
+        pixels = _converted(path, colour.profile)
+    else:
+        channels = _colour_channels(path, spec)
+        if channels != [0, 1, 2] or pixels.shape[2] != 3:
+            pixels = pixels[:, :, channels]
     scale = _decoding_scale(path, spec)
     if scale is None:
-        pixels = pixels.astype(np.float32)
-        pixels = np.nan_to_num(pixels, nan=0.0, posinf=1.0).clip(0, 1) ** np.float32(1 / GAMMA)
+        pixels = _coded(
+            np.nan_to_num(pixels.astype(np.float32), nan=0.0, posinf=1.0).clip(0, 1), colour.curve or LINEAR
+        )
     elif pixels.dtype == np.uint32:
         pixels = (pixels * (1 / scale)).astype(np.float32)
+        if colour.curve is not None:
+            pixels = _coded(pixels, colour.curve)
     upright = np.broadcast_to(_upright(pixels, _orientation(spec)), _upright_shape(spec))
     return np.require(upright, requirements=["C", "W"])
 
 
-def write_radiance(path: Path, radiance: FloatPicture, depth: Depth | None = None) -> None:
+def _has_gain_map(path: Path, spec: Any) -> bool:
+    """Whether a JPEG is an Ultra HDR one, as phones write them. OpenImageIO makes floats of both of its pictures; an exposure
+    is the one that is shown."""
+    return path.suffix.lower() in JPEG_EXTENSIONS and str(spec.format) in FLOAT_TYPES
+
+
+def _shown_pixels(path: Path) -> BytePicture:
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture.convert("RGB"))
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read, it may be truncated: {error}") from error
+
+
+def _format(path: Path, spec: Any) -> str:
+    return "uint8" if _has_gain_map(path, spec) else str(spec.format)
+
+
+def _coded(values: FloatPicture, curve: Curve) -> FloatPicture:
+    """Float values of a curve as LDR values of gamma 2.2."""
+    light = values if curve is LINEAR else curve.decode(values.astype(np.float64)).clip(0, 1)
+    return (light ** (1 / GAMMA)).astype(np.float32)
+
+
+def _converted(path: Path, profile: bytes) -> BytePicture:
+    """8-bit pixels (H, W, 3) as stored, converted to sRGB."""
+    try:
+        with Image.open(path) as picture:
+            return np.array(icc.to_srgb(picture, profile))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path} cannot be converted by its colour profile: {error}; convert it to sRGB") from error
+
+
+def write_radiance(
+    path: Path,
+    radiance: FloatPicture,
+    depth: Depth | None = None,
+    space: Space = REC709,
+    metadata: Metadata | None = None,
+) -> None:
     """Write linear RGB (H, W, 3) by the file name's extension, whole or not at all.
 
     Args:
-        radiance: values in [0, 1]; stored linear in every format.
+        radiance: linear, stored as it is in every format.
         depth: number format (see DEPTHS), the format's first when None. 16-bit TIFF holds 65535 times the value.
+        space: primaries of the values, which the file states; .hdr holds Rec.709 alone.
+        metadata: of the reference frame; None if this is no result of a fusion.
     """
-    depth = depth or DEPTHS[path.suffix.lower()][0]
+    kind = path.suffix.lower()
+    depth = depth or DEPTHS[kind][0]
     pixels: npt.NDArray[Any] = radiance
     if depth == "uint16":
         pixels = np.round(radiance.clip(0, 1) * 65535).astype(np.uint16)
-    attributes = {"compression": "zip", "oiio:ColorSpace": "lin_rec709_scene"}
-    _write(path, pixels, depth, {} if path.suffix.lower() == ".hdr" else attributes)
+    attributes: dict[str, Any] = {}
+    if kind == ".exr":
+        attributes = {"compression": "zip", "chromaticities": space.chromaticities}
+        identifiers = [name for name, known in LINEAR_SPACES.items() if conversion(space, known) is None]
+        if identifiers:
+            attributes["oiio:ColorSpace"] = identifiers[0]
+    elif kind != ".hdr":
+        attributes = {"compression": "zip", "ICCProfile": icc.make_profile(space, "linear")}
+    elif conversion(space, REC709) is not None:
+        raise ImageError(f"{path} cannot hold {space.name}: .hdr files are of Rec.709; write .exr or .tif")
+    _write(path, pixels, depth, attributes, metadata)
 
 
-def write_picture(path: Path, picture: BytePicture, profile: bytes | None = None) -> None:
-    """Write an 8-bit RGB picture (H, W, 3) as PNG or JPEG, with an ICC profile if given, whole or not at all."""
-    attributes: dict[str, Any] = {"compression": "jpeg:95"} if path.suffix.lower() != ".png" else {}
-    if profile is not None:
-        attributes["ICCProfile"] = np.frombuffer(profile, np.uint8)
-    _write(path, picture, "uint8", attributes)
+def write_picture(path: Path, picture: BytePicture, metadata: Metadata | None = None) -> None:
+    """Write an 8-bit sRGB picture (H, W, 3) as PNG or JPEG, with a profile that says so, whole or not at all."""
+    attributes: dict[str, Any] = (
+        {"compression": "jpeg:95", "jpeg:subsampling": "4:4:4"} if path.suffix.lower() != ".png" else {}
+    )
+    attributes["ICCProfile"] = icc.make_profile(REC709, "srgb")
+    attributes["Exif:ColorSpace"] = 1
+    _write(path, picture, "uint8", attributes, metadata)
 
 
 def check_destination(option: str, path: Path, extensions: Iterable[str], overwrite: bool) -> None:
@@ -159,16 +385,21 @@ def check_destination(option: str, path: Path, extensions: Iterable[str], overwr
         raise ImageError(f"{option} {path}: the folder {path.parent} is not writable")
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def _check_frame_name(path: Path) -> None:
     if not path.exists():
         raise ImageError(f"{path} does not exist")
     if path.suffix.lower() not in FRAME_EXTENSIONS:
-        raise ImageError(f"{path}: frames must be {', '.join(FRAME_EXTENSIONS)} files")
-    raw = oiio.ImageSpec()
-    raw.attribute("oiio:UnassociatedAlpha", 1)  # else colour would come multiplied by alpha
+        raise ImageError(
+            f"{path}: frames must be {', '.join(PLAIN_EXTENSIONS)}, camera raw or HEIF files; convert it to TIFF or PNG"
+        )
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    wanted = oiio.ImageSpec()
+    wanted.attribute("oiio:UnassociatedAlpha", 1)  # else colour would come multiplied by alpha
     with _silent_codecs():
-        source = oiio.ImageInput.open(str(path), raw)
+        source = oiio.ImageInput.open(str(path), wanted)
     if source is None:
         raise ImageError(f"{path} cannot be read: {_first_line(oiio.geterror())}")
     try:
@@ -177,12 +408,21 @@ def _open(path: Path) -> Iterator[Any]:
         source.close()
 
 
-def _write(path: Path, pixels: npt.NDArray[Any], depth: str, attributes: dict[str, Any]) -> None:
+def _write(
+    path: Path, pixels: npt.NDArray[Any], depth: str, attributes: dict[str, Any], metadata: Metadata | None
+) -> None:
     spec = oiio.ImageSpec(pixels.shape[1], pixels.shape[0], pixels.shape[2], depth)
-    spec.attribute("Software", "safnet")
+    for name, kind, value in metadata or ():
+        if isinstance(value, int):  # as int, for OpenImageIO sets no others
+            spec.attribute(name, value)
+        else:
+            spec.attribute(name, kind, value)
+    spec.attribute("Software", "safnet" if metadata is None else RESULT)
     for name, value in attributes.items():
-        if isinstance(value, np.ndarray):
-            spec.attribute(name, oiio.TypeDesc(f"uint8[{value.size}]"), value)
+        if isinstance(value, bytes):
+            spec.attribute(name, oiio.TypeDesc(f"uint8[{len(value)}]"), np.frombuffer(value, np.uint8))
+        elif isinstance(value, tuple):
+            spec.attribute(name, oiio.TypeDesc(f"float[{len(value)}]"), value)
         else:
             spec.attribute(name, value)
     target = oiio.ImageOutput.create(f"name{path.suffix.lower()}")
@@ -195,6 +435,89 @@ def _write(path: Path, pixels: npt.NDArray[Any], depth: str, attributes: dict[st
                 raise ImageError(f"{path} cannot be written: {_first_line(target.geterror())}")
     except OSError as error:
         raise ImageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# ---- what files say of their colours ---------------------------------------------------------------------------------
+
+
+def _colour(path: Path, spec: Any, curve: Curve | None) -> Colour:
+    profile = _profile(spec)
+    cicp = spec.getattribute("CICP")
+    chromaticities = spec.getattribute("chromaticities")
+    if cicp is not None:  # comes first, by the specification of PNG
+        return cicp_colour(path, cicp[0], cicp[1], curve)
+    if profile is not None:
+        found = profile_colour(path, profile, curve)
+        if found.profile is not None and _format(path, spec) != "uint8":
+            raise ImageError(
+                f"{path}: its colour profile is a table, by which only 8-bit values are converted: convert it to one of "
+                "sRGB, Adobe RGB, Display P3 or ProPhoto first"
+            )
+        return found
+    if chromaticities is not None:
+        found = Colour(Space("EXR chromaticities", tuple(chromaticities)), LINEAR)
+    elif _format(path, spec) in FLOAT_TYPES:
+        found = Colour(LINEAR_SPACES.get(spec.get_string_attribute("colorInteropID"), REC709), LINEAR)
+    else:
+        found = _tagged_colour(path, spec)
+    return found.with_curve(curve)
+
+
+def profile_colour(path: Path, profile: bytes, curve: Curve | None) -> Colour:
+    try:
+        return icc.read_profile(profile).with_curve(curve)
+    except icc.ProfileError as error:
+        if curve is not None:
+            return Colour(curve=curve)
+        raise ImageError(f"{path}: {error}; give --curve srgb to read it without") from error
+
+
+def cicp_colour(path: Path, primaries: int, transfer: int, curve: Curve | None) -> Colour:
+    """By the numbers of ITU-T H.273; 2 is unspecified."""
+    if primaries not in CICP_SPACES:
+        raise ImageError(
+            f"{path}: its primaries, number {primaries} of ITU-T H.273, are not known here; convert it to sRGB"
+        )
+    if curve is None and transfer != 2:
+        if transfer not in CICP_CURVES:
+            kinds = {16: "PQ", 18: "HLG"}
+            raise ImageError(
+                f"{path}: its values are {kinds.get(transfer, f'of transfer {transfer} of ITU-T H.273')}; frames must be "
+                "plain exposures, of sRGB for example"
+            )
+        curve = CICP_CURVES[transfer]
+    return Colour(CICP_SPACES[primaries], curve)
+
+
+def _tagged_colour(path: Path, spec: Any) -> Colour:
+    """Of PNG's sRGB, gAMA and cHRM, and of EXIF's ColorSpace."""
+    kind = path.suffix.lower()
+    if kind == ".png":
+        with Image.open(path) as picture:
+            tags = dict(picture.info)
+        if "srgb" in tags:
+            return Colour(REC709, SRGB)
+        space = REC709
+        if "chromaticity" in tags:
+            white, primaries = tags["chromaticity"][:2], tags["chromaticity"][2:]
+            space = Space("PNG chromaticities", (*primaries, *white))
+        if tags.get("gamma"):
+            gamma = 1 / tags["gamma"]
+            return Colour(space, LINEAR if abs(gamma - 1) < 0.01 else gamma_curve(gamma))
+        return Colour(space)
+    if spec.get_int_attribute("Exif:ColorSpace") == 1:
+        return Colour(REC709, SRGB)
+    if kind in JPEG_EXTENSIONS and _interoperability(path) == "R03":  # DCF's name of Adobe RGB
+        return Colour(ADOBE_RGB, gamma_curve(563 / 256))
+    return UNKNOWN
+
+
+def _interoperability(path: Path) -> str:
+    try:
+        with Image.open(path) as picture:
+            return str(picture.getexif().get_ifd(0xA005).get(1, "")).strip("\0")
+    except (OSError, ValueError, SyntaxError):
+        return ""
 
 
 def _colour_channels(path: Path, spec: Any) -> list[int]:
@@ -210,7 +533,7 @@ def _colour_channels(path: Path, spec: Any) -> list[int]:
 
 def _decoding_scale(path: Path, spec: Any) -> float | None:
     """What integer values are divided by; None for linear float values."""
-    kind = str(spec.format)
+    kind = _format(path, spec)
     if kind in FLOAT_TYPES:
         return None
     if kind not in INTEGER_SCALES:
@@ -246,12 +569,18 @@ def _upright_shape(spec: Any) -> tuple[int, int, int]:
     return (spec.width, spec.height, 3) if _orientation(spec) in (5, 6, 7, 8) else (spec.height, spec.width, 3)
 
 
-def _positive(spec: Any, name: str) -> float | None:
-    """A metadata number, None where it is missing or 0 (what cameras write for "unknown")."""
+def _number(spec: Any, name: str) -> float | None:
+    """A metadata number, None where it is missing or none."""
     value = spec.getattribute(name)
     if isinstance(value, tuple):
         value = value[0] if value else None
-    return float(value) if isinstance(value, int | float) and 0 < value < float("inf") else None
+    return float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None
+
+
+def _positive(spec: Any, name: str) -> float | None:
+    """A metadata number, None where it is missing or 0 (what cameras write for "unknown")."""
+    value = _number(spec, name)
+    return value if value is not None and value > 0 else None
 
 
 def _profile(spec: Any) -> bytes | None:

@@ -7,16 +7,15 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from safnet.choices import ToneMap
+from safnet.choices import Look, ToneMap
 from safnet.fuse import Result
-from safnet.images import BytePicture, FloatPicture, FramePicture
-from safnet.radiance import GAMMA, ldr_values, tone_map
+from safnet.images import BytePicture, FloatPicture
+from safnet.looks import LUMINANCE, MIDDLE_GREY, WHITE_PERCENTILE, photograph
+from safnet.radiance import GAMMA, Frame, ldr_values, tone_map
 
 Array = npt.NDArray[np.float32]
 
-LUMINANCE = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709
-MIDDLE_GREY = 0.18  # Reinhard's key value
-WHITE_PERCENTILE = 99.9  # a few specks brighter than that may clip
+ROWS = 64  # that are shown at a time
 SAMPLES = 1 << 20  # statistics look at about this many pixels
 FLOW_PERCENTILE = 99.0
 FLOW_FLOOR = 1.0  # pixels; a still scene shows white, not amplified noise
@@ -29,25 +28,55 @@ INSPECTION_FILES = tuple(
 )
 
 
-def display_curve(radiance: FloatPicture, kind: ToneMap) -> Callable[[FloatPicture], BytePicture]:
-    """A tone map for linear pictures like `radiance` (H, W, 3), as a function from linear to 8-bit display values.
+def display_curve(
+    radiance: FloatPicture, kind: ToneMap, *, exposure: float = 1.0, look: Look = "natural", brightness: float = 0.0
+) -> Callable[[FloatPicture], BytePicture]:
+    """A tone map for linear Rec.709 like `radiance` (H, W, 3), as a function from such pictures of its size to 8-bit sRGB.
 
-    "mu-law" is that of the HDR literature (mu = 5000) as it stands, so that previews compare with published pictures;
-    it lifts shadows a lot. "reinhard" is Reinhard et al. 2002, equation 4, fitted to the picture, with gamma 2.2.
+    "photo" is a photograph of the look that is asked for (`safnet.looks`). "reinhard" is Reinhard et al. 2002, equation 4,
+    fitted to the picture, with gamma 2.2. "mu-law" is that of the HDR literature (mu = 5000) as it stands, so that pictures
+    compare with published ones; it lifts shadows a lot.
+
+    Args:
+        exposure: of "photo": that of the reference in terms of the short exposure, 2^(difference of their EVs).
+        look: of "photo".
+        brightness: in stops.
     """
+    gain = np.float32(2**brightness)
+    if kind == "photo":
+        show = photograph(radiance, exposure * float(gain), look)
+        return lambda picture: _by_rows(picture, lambda rows, first: _bytes(_srgb(show(rows, first))))
     if kind == "mu-law":
-        return lambda picture: _bytes(tone_map(torch.from_numpy(picture)).numpy())
+        return lambda picture: _by_rows(
+            picture, lambda rows, first: _bytes(tone_map(torch.from_numpy((rows * gain).clip(0, 1))).numpy())
+        )
     sample = radiance.reshape(-1, 3)[:: max(1, radiance.shape[0] * radiance.shape[1] // SAMPLES)]
-    luminance = sample @ LUMINANCE
+    luminance = (sample @ LUMINANCE).clip(0)
     key = MIDDLE_GREY / float(np.exp(np.log(luminance + 1e-6).mean()))
     white = max(key * float(np.percentile(luminance, WHITE_PERCENTILE)), 1e-6)
+    key *= float(gain)
 
-    def reinhard(picture: FloatPicture) -> BytePicture:
-        scaled = key * (picture @ LUMINANCE)[:, :, None]
-        gain = key * (1 + scaled / np.float32(white**2)) / (1 + scaled)
-        return _bytes((picture * gain).clip(0, 1) ** np.float32(1 / GAMMA))
+    def reinhard(rows: FloatPicture, first: int) -> BytePicture:
+        rows = np.maximum(rows, 0)
+        scaled = key * (rows @ LUMINANCE)[:, :, None]
+        scale = key * (1 + scaled / np.float32(white**2)) / (1 + scaled)
+        return _bytes((rows * scale).clip(0, 1) ** np.float32(1 / GAMMA))
 
-    return reinhard
+    return lambda picture: _by_rows(picture, reinhard)
+
+
+def _by_rows(picture: FloatPicture, show: Callable[[FloatPicture, int], BytePicture]) -> BytePicture:
+    """Show a picture some rows at a time, which keeps what is between small."""
+    shown = np.empty(picture.shape, np.uint8)
+    for first in range(0, len(picture), ROWS):
+        shown[first : first + ROWS] = show(picture[first : first + ROWS], first)
+    return shown
+
+
+def _srgb(light: Array) -> Array:
+    """Light in [0, 1] by sRGB's curve."""
+    bent = np.float32(1.055) * light ** np.float32(1 / 2.4) - np.float32(0.055)
+    return np.where(light <= 0.0031308, np.float32(12.92) * light, bent)
 
 
 def flow_reach(flows: Sequence[Array]) -> float:
@@ -82,9 +111,14 @@ def mask_picture(mask: Array) -> BytePicture:
 
 
 def inspection(
-    frames: Sequence[FramePicture], labels: Sequence[str], result: Result, curve: Callable[[FloatPicture], BytePicture]
+    frames: Sequence[Frame],
+    labels: Sequence[str],
+    result: Result,
+    radiance: FloatPicture,
+    curve: Callable[[FloatPicture], BytePicture],
 ) -> dict[str, BytePicture]:
-    """The pictures of INSPECTION_FILES by file name, from the exposures (H, W, 3) as read, their names, and the result."""
+    """The pictures of INSPECTION_FILES by file name, from the exposures (1, 3, H, W) as read, their names, the result, and its
+    radiance (H, W, 3) as it is to be shown."""
     assert result.fusion is not None
     flow_short, flow_long, mask_short, mask_long = (part[0].cpu().numpy() for part in result.fusion.alignment)
     reach = flow_reach([flow_short, flow_long])
@@ -94,9 +128,9 @@ def inspection(
         "mask_short.png": mask_picture(mask_short[0]),
         "mask_long.png": mask_picture(mask_long[0]),
         "fused.png": curve(to_picture(result.fusion.fused)),
-        "refined.png": curve(to_picture(result.radiance)),
+        "refined.png": curve(radiance),
     }
-    short, reference, long = (_thumbnail(_bytes(ldr_values(torch.from_numpy(frame)).numpy())) for frame in frames)
+    short, reference, long = (_thumbnail(_bytes(to_picture(ldr_values(frame)))) for frame in frames)
     steps = {name: _thumbnail(picture) for name, picture in pictures.items()}
     for name in ("flow_short.png", "flow_long.png"):
         draw_flow_wheel(steps[name])

@@ -2,18 +2,22 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from safnet.choices import Depth, ToneMap
+from safnet.choices import ColourSpace, Depth, Look, ToneMap
+from safnet.colour import REC709, SPACES, Space, conversion, convert_, parse_curve
 from safnet.exposures import Bracket, open_bracket
 from safnet.fuse import Progress, Result, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
-    FramePicture,
+    ULTRA_HDR_EXTENSIONS,
+    BytePicture,
+    FloatPicture,
     ImageError,
     check_destination,
     read_frames,
@@ -22,9 +26,14 @@ from safnet.images import (
 )
 from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES, display_curve, inspection, to_picture
+from safnet.radiance import Frame, exposure_ratios
+from safnet.ultrahdr import write_ultra_hdr
 from safnet.weights import load_model
 
 AnyPath = str | os.PathLike[str]
+
+
+REC709_EXTENSIONS = (".hdr", *ULTRA_HDR_EXTENSIONS)
 
 
 class FusionWarning(UserWarning):
@@ -42,9 +51,13 @@ def fuse_files(
     device: str = "auto",
     precision: torch.dtype = torch.float32,
     tile: int | None = None,
+    curve: str = "auto",
+    space: ColourSpace = "rec709",
     depth: Depth | None = None,
     preview: AnyPath | None = None,
-    tonemap: ToneMap = "reinhard",
+    tonemap: ToneMap = "photo",
+    look: Look = "natural",
+    brightness: float = 0.0,
     inspect: AnyPath | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
@@ -54,8 +67,8 @@ def fuse_files(
     Nothing is written unless all can be: frames, exposures and names are checked before. Each file appears whole or not at all.
 
     Args:
-        paths: three frames in any order (JPEG, PNG, TIFF, EXR), or their folder.
-        output: .exr, .hdr or .tif for the linear result; None to write none.
+        paths: three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder.
+        output: .exr, .hdr or .tif for the linear result, .jpg for Ultra HDR; None to write none.
         evs: exposures in stops in the order of `paths` (of a folder: by name), more light being higher. None to take them from
             exposure.txt beside the frames, else from EXIF.
         measure: find out the true exposures and the camera's curve, instead of trusting `evs` and assuming gamma 2.2.
@@ -63,15 +76,20 @@ def fuse_files(
         model: one in eval mode, which stays where it is, or what `load_model` takes.
         device: where a model that is loaded here shall run: one of torch's, or "auto" for a GPU if there is one.
         precision, tile, progress: see `fuse_exposures`; here there are the stages "reading" and "writing" too.
+        curve: of the frames' values: "auto" for what each file states (else gamma 2.2), "srgb", "linear" or a gamma.
+        space: primaries of the result: "rec709", "p3", "rec2020", or "input" for the frames' own.
         depth: numbers in `output`: "half" or "float" for .exr, "float" or "uint16" for .tif; the first of these by default.
         preview: .png or .jpg for a tone-mapped picture; None to write none.
-        tonemap: of the preview and of the inspection's pictures.
+        tonemap: of the preview and of the inspection's pictures: "photo", "reinhard" or "mu-law".
+        look: of "photo": "natural", "neutral" or "flat".
+        brightness: of these pictures, in stops.
         inspect: folder for pictures of flows, masks and all steps, made if missing; None to write none.
         overwrite: replace files that exist.
 
     Returns:
-        Linear radiance (1, 3, H, W) float32 in [0, 1], where 1 is the short exposure's clipping point, on the model's device,
-        with exposures and what was noticed, and with `inspect` flows, masks and explicit fusion: see `Result`.
+        Linear radiance (1, 3, H, W) float32 in `space`, on the CPU, where 1 is the short exposure's clipping point;
+        colours that lie outside of the space have values outside of [0, 1]. With it exposures and what was noticed, and with
+        `inspect` flows, masks and explicit fusion: see `Result`.
 
     Raises:
         ExposureError: not three frames of one size, or exposures that are missing or equal.
@@ -85,19 +103,26 @@ def fuse_files(
     """
     frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
+    if look != "natural" and tonemap != "photo":
+        raise ValueError(f"--look {look} is one of --tonemap photo, got --tonemap {tonemap}")
     results = check_destinations(frames, output, depth, preview, inspect, overwrite)
-    bracket = open_bracket(frames, evs, results)
+    bracket = open_bracket(frames, evs, results, parse_curve(curve))
+    target = SPACES.get(space, bracket.space)
+    if output is not None and output.suffix.lower() in REC709_EXTENSIONS and conversion(target, REC709) is not None:
+        raise ImageError(
+            f"--space {space} does not fit {output}: {output.suffix} files are of Rec.709; write .exr or .tif"
+        )
     network = model if isinstance(model, SAFNet) else load_model(model, device)
     _warn_of_slow_precision(network, precision)
     progress("reading", 0, 1)
-    pictures = read_frames([frame.path for frame in bracket.frames])
+    pictures = read_frames(bracket.frames)
     progress("reading", 1, 1)
-    tensors = [torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in pictures]
     result = fuse_exposures(
         network,
-        tensors,
+        pictures,
         bracket.evs,
         measure=measure,
+        known_curve=bracket.has_known_curve,
         global_motion=global_motion,
         keep_fusion=inspect is not None,
         tile=tile,
@@ -106,9 +131,17 @@ def fuse_files(
     )
     for sentence in result.advice:
         warnings.warn(sentence, FusionWarning, stacklevel=2)
+    convert_(result.radiance, bracket.space, target)
     if results:
         progress("writing", 0, 1)
-        _write(result, bracket, pictures, output, depth, preview, tonemap, inspect)
+        tone = partial(
+            display_curve,
+            kind=tonemap,
+            exposure=exposure_ratios(result.evs)[1],
+            look=look,
+            brightness=brightness,
+        )
+        _write(result, bracket, pictures, target, output, depth, preview, tone, inspect)
         progress("writing", 1, 1)
     return result
 
@@ -124,8 +157,8 @@ def check_destinations(
     """All files that `fuse_files` will write. Raises ImageError where it may not, or where two are one file."""
     results = {}
     if output is not None:
-        check_destination("--output", output, DEPTHS, overwrite)
-        formats = DEPTHS[output.suffix.lower()]
+        check_destination("--output", output, (*DEPTHS, *ULTRA_HDR_EXTENSIONS), overwrite)
+        formats = DEPTHS.get(output.suffix.lower(), ("8 bits and a gain map",))
         if depth is not None and depth not in formats:
             raise ImageError(f"--depth {depth} does not fit {output}: {output.suffix} holds {' or '.join(formats)}")
         results["--output"] = output
@@ -151,26 +184,37 @@ def check_destinations(
 def _write(
     result: Result,
     bracket: Bracket,
-    pictures: Sequence[FramePicture],
+    pictures: Sequence[Frame],
+    space: Space,
     output: Path | None,
     depth: Depth | None,
     preview: Path | None,
-    tonemap: ToneMap,
+    tone: Callable[[FloatPicture], Callable[[FloatPicture], BytePicture]],
     inspect: Path | None,
 ) -> None:
-    radiance = to_picture(result.radiance)
-    if output is not None:
-        write_radiance(output, radiance, depth)
-    if preview is None and inspect is None:
+    metadata = bracket.frames[1].metadata
+    has_gain_map = output is not None and output.suffix.lower() in ULTRA_HDR_EXTENSIONS
+    if output is not None and not has_gain_map:
+        write_radiance(output, to_picture(result.radiance), depth, space, metadata)
+    if preview is None and inspect is None and not has_gain_map:
         return
-    curve = display_curve(radiance, tonemap)
+    shown = result.radiance
+    if conversion(space, REC709) is not None:
+        shown = shown.clone()
+        convert_(shown, space, REC709)
+    radiance = to_picture(shown)
+    curve = tone(radiance)
+    if output is not None and has_gain_map:
+        write_ultra_hdr(output, radiance, exposure_ratios(result.evs)[1], curve(radiance), metadata)
     if preview is not None:
-        write_picture(preview, curve(radiance), bracket.frames[1].profile)
+        write_picture(preview, curve(radiance), metadata)
     if inspect is not None:
+        assert result.fusion is not None
+        convert_(result.fusion.fused, bracket.space, REC709)
         inspect.mkdir(exist_ok=True)
         labels = [frame.path.name for frame in bracket.frames]
-        for name, picture in inspection(pictures, labels, result, curve).items():
-            write_picture(inspect / name, picture)
+        for name, picture in inspection(pictures, labels, result, radiance, curve).items():
+            write_picture(inspect / name, picture, ())
 
 
 def _warn_of_slow_precision(model: SAFNet, precision: torch.dtype) -> None:

@@ -3,13 +3,16 @@
 Linear value = ldr^2.2 / t with t = 2^(EV - lowest EV): radiance in units of the short exposure, where 1 is its clipping point.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 GAMMA = 2.2  # the camera curve that the protocol assumes
 INTEGER_SCALES = {torch.uint8: 255.0, torch.uint16: 2.0**16}  # of the values in files
+LOOK_UP_ROWS = 64
 MU = 5000.0  # compression of the mu-law tone map (Kalantari and Ramamoorthi 2017, equation 5)
 
 
@@ -19,16 +22,58 @@ def exposure_ratios(evs: Sequence[float]) -> list[float]:
     return [2.0 ** (ev - lowest) for ev in evs]
 
 
-def ldr_values(frame: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class StoredFrame:
+    """A frame in the bits of its file, and what they mean; has a tensor's shape and dtype, and is cut as one.
+
+    Attributes:
+        codes: (N, C, H, W), uint8 or uint16.
+        table: the LDR value of gamma 2.2 of each code, float32.
+    """
+
+    codes: Tensor
+    table: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codes.dtype
+
+    def __getitem__(self, part: Any) -> "StoredFrame":
+        return StoredFrame(self.codes[part], self.table)
+
+
+Frame = Tensor | StoredFrame
+
+
+def map_codes(frame: Frame, function: Callable[[Tensor], Tensor]) -> Frame:
+    """A frame with other pixels, of the same meaning."""
+    return StoredFrame(function(frame.codes), frame.table) if isinstance(frame, StoredFrame) else function(frame)
+
+
+def ldr_values(frame: Frame) -> Tensor:
     """LDR values in [0, 1] as float32 of a frame in any floating-point type, or in the 8 or 16 bits of its file.
 
-    8-bit values are divided by 255, 16-bit ones by 2^16, as the published SAFNet does.
+    Without a table 8-bit values are divided by 255, 16-bit ones by 2^16, as the published SAFNet does.
     """
+    if isinstance(frame, StoredFrame):
+        return _look_up(frame)
     if frame.is_floating_point():
         return frame.float()
     if frame.dtype not in INTEGER_SCALES:
         raise TypeError(f"ldr_values: frame must be uint8, uint16 or floating-point, got {frame.dtype}")
     return frame.to(torch.float32, memory_format=torch.contiguous_format) * (1 / INTEGER_SCALES[frame.dtype])
+
+
+def _look_up(frame: StoredFrame) -> Tensor:
+    values = torch.empty(frame.shape, device=frame.codes.device)
+    # By rows: torch looks up by indices of 32 bits, which for a whole picture would take twice its memory.
+    for codes, part in zip(frame.codes.split(LOOK_UP_ROWS, 2), values.split(LOOK_UP_ROWS, 2), strict=True):
+        part.copy_(frame.table.index_select(0, codes.int().flatten()).view(codes.shape))
+    return values
 
 
 def linearize(ldr: Tensor, ratio: float) -> Tensor:

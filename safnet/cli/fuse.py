@@ -21,9 +21,12 @@ class FuseCommand(TyperCommand):
 
 def fuse(
     frames: Annotated[
-        list[Path], typer.Argument(help="Three frames in any order (JPEG, PNG, TIFF, EXR), or their folder.")
+        list[Path],
+        typer.Argument(help="Three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Linear HDR result: .exr, .hdr or .tif.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="HDR result: linear .exr, .hdr or .tif, or Ultra HDR .jpg.")
+    ],
     ev: Annotated[
         str | None,
         typer.Option(
@@ -39,12 +42,25 @@ def fuse(
     global_motion: Annotated[
         bool, typer.Option("--global/--no-global", help="Look for the motion of the whole camera first.")
     ] = True,
+    curve: Annotated[
+        str,
+        typer.Option(
+            metavar="CURVE", help="Curve of the frames: auto (as the files say, else 2.2), srgb, linear, or a gamma."
+        ),
+    ] = "auto",
+    space: Annotated[
+        choices.ColourSpace, typer.Option(help="Primaries of the result; input: the frames' own.")
+    ] = "rec709",
     depth: Annotated[
         choices.Depth | None,
         typer.Option(help="Numbers in the result: .exr half or float, .tif float or uint16.", show_default="the first"),
     ] = None,
     preview: Annotated[Path | None, typer.Option(help="Also write a tone-mapped picture: .png or .jpg.")] = None,
-    tonemap: Annotated[choices.ToneMap, typer.Option(help="Tone map of preview and inspection.")] = "reinhard",
+    tonemap: Annotated[choices.ToneMap, typer.Option(help="Tone map of preview and inspection.")] = "photo",
+    look: Annotated[choices.Look, typer.Option(help="Look of a photo: how much contrast.")] = "natural",
+    brightness: Annotated[
+        float, typer.Option(min=-6.0, max=6.0, metavar="STOPS", help="Make preview and inspection lighter, or darker.")
+    ] = 0.0,
     inspect: Annotated[
         Path | None,
         typer.Option(help="Also write flows, masks, explicit fusion and a sheet of all steps to this folder."),
@@ -79,9 +95,13 @@ def fuse(
                 device=device,
                 precision=getattr(torch, precision),
                 tile=tile,
+                curve=curve,
+                space=space,
                 depth=depth,
                 preview=preview,
                 tonemap=tonemap,
+                look=look,
+                brightness=brightness,
                 inspect=inspect,
                 overwrite=overwrite,
                 progress=progress,

@@ -1,16 +1,18 @@
 """Exposure values: where they come from, which wins, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from safnet.exposures import ExposureError, exif_evs, find_evs, format_evs, open_bracket
-from safnet.images import Header, ImageError, write_picture
+from safnet.images import Header, ImageError, write_radiance
+from tests.support.frames import save_frame, save_tagged
 
 
 def frame(path, exposure_time=None, f_number=None, iso=None):
-    return Header(Path(path), 8, 8, exposure_time, f_number, iso, None)
+    return Header(Path(path), 8, 8, exposure_time, f_number, iso)
 
 
 def test_more_light_is_a_higher_ev():
@@ -20,6 +22,16 @@ def test_more_light_is_a_higher_ev():
     assert [ev - wider[0] for ev in wider] == pytest.approx([0, 2, 4])
     faster = exif_evs([frame("a", 1, 8.0, 100), frame("b", 1, 8.0, 200), frame("c", 1, 8.0, 800)])
     assert [ev - faster[0] for ev in faster] == pytest.approx([0, 1, 3])
+
+
+def test_biases_are_offered_where_there_are_no_exposures():
+    frames = [replace(frame(name), bias=bias) for name, bias in (("a", 0.0), ("b", -2.0), ("c", 2 / 3))]
+    with pytest.raises(
+        ExposureError, match=r"no exposure time .* biases are 0 -2 \+0\.667: .* give --ev 0 -2 \+0\.667$"
+    ):
+        exif_evs(frames)
+    with pytest.raises(ExposureError, match=r"with --ev, for example"):
+        exif_evs([replace(one, bias=0.0) for one in frames])
 
 
 def test_exif_must_be_complete():
@@ -94,7 +106,7 @@ class TestBracket:
     def pictures(self, tmp_path):
 
         for number, name in enumerate(("a.png", "b.png", "c.png")):
-            write_picture(tmp_path / name, np.full((4, 6, 3), number, np.uint8))
+            save_frame(tmp_path / name, np.full((4, 6, 3), number, np.uint8))
         return [tmp_path / name for name in ("a.png", "b.png", "c.png")]
 
     def test_sorted_by_exposure(self, pictures):
@@ -116,7 +128,7 @@ class TestBracket:
 
     def test_larger_and_empty_folders(self, pictures):
         folder = pictures[0].parent
-        write_picture(folder / "d.png", np.zeros((4, 6, 3), np.uint8))
+        save_frame(folder / "d.png", np.zeros((4, 6, 3), np.uint8))
         with pytest.raises(
             ExposureError, match=r"must hold 3 frames, got 4 \(.*choose three, for example: .*a\.png .*d\.png"
         ):
@@ -125,8 +137,46 @@ class TestBracket:
         with pytest.raises(ExposureError, match=r"folder .*empty must hold 3 frames, got 0$"):
             open_bracket([folder / "empty"])
 
+    def test_of_several_brackets_one_is_advised(self, tmp_path):
+        """As cameras number them: the middle exposure first, of two brackets in a row."""
+        for number, time in enumerate((1 / 50, 1 / 200, 1 / 12, 1 / 50, 1 / 200, 1 / 12)):
+            save_tagged(tmp_path / f"{number}.jpg", np.zeros((8, 8, 3), np.uint8), "uint8", ExposureTime=time)
+        with pytest.raises(ExposureError, match=r"example: \S*1\.jpg \S*0\.jpg \S*2\.jpg$") as caught:
+            open_bracket([tmp_path])
+        advised = [Path(name) for name in str(caught.value).rsplit(": ", 1)[1].split()]
+        assert [frame.path for frame in open_bracket(advised).frames] == advised, "what is advised is taken"
+
+    def test_of_a_long_bracket_the_ends_are_advised(self, tmp_path):
+        for number, time in enumerate((1, 16, 4, 0.25, 1 / 16)):
+            save_tagged(tmp_path / f"{number}.jpg", np.zeros((8, 8, 3), np.uint8), "uint8", ExposureTime=float(time))
+        with pytest.raises(ExposureError, match=r"example: \S*4\.jpg \S*0\.jpg \S*1\.jpg$"):
+            open_bracket([tmp_path])
+
+    def test_raw_files_are_advised_before_the_jpegs_beside_them(self, tmp_path):
+        for name in "abc":
+            (tmp_path / f"{name}.cr3").touch()
+            save_frame(tmp_path / f"{name}.jpg", np.zeros((8, 8, 3), np.uint8))
+        with pytest.raises(ExposureError, match=r"got 6 .*example: \S*a\.cr3 \S*b\.cr3 \S*c\.cr3$"):
+            open_bracket([tmp_path])
+
+    def test_frames_that_cannot_be_read_are_named(self, tmp_path):
+        for name in ("a.bmp", "b.gif", "notes.txt"):
+            (tmp_path / name).touch()
+        with pytest.raises(ExposureError, match=r"got 0; a\.bmp, b\.gif cannot be read: convert to TIFF or PNG$"):
+            open_bracket([tmp_path])
+
+    def test_results_are_no_frames_and_frames_no_results(self, pictures):
+        folder = pictures[0].parent
+        write_radiance(folder / "earlier.tif", np.zeros((4, 6, 3), np.float32), metadata=())
+        assert len(open_bracket([folder], [0, 1, 2], [folder / "earlier.tif"]).frames) == 3
+        save_frame(folder / "d.png", np.zeros((4, 6, 3), np.uint8))
+        with pytest.raises(
+            ImageError, match=r"a\.png is a picture of the folder whose frames are to be fused; .* another"
+        ):
+            open_bracket([folder], [0, 1, 2], [pictures[0]])
+
     def test_different_sizes(self, pictures):
-        write_picture(pictures[2], np.zeros((6, 4, 3), np.uint8))
+        save_frame(pictures[2], np.zeros((6, 4, 3), np.uint8))
         with pytest.raises(ExposureError, match=r"one size, got .*a\.png with 6 x 4 and .*c\.png with 4 x 6 pixels"):
             open_bracket(pictures, [0, 1, 2])
 

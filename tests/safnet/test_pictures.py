@@ -76,14 +76,15 @@ def test_mask_is_white_where_used():
 @pytest.mark.parametrize("size", [(40, 64), (64, 40), (2, 300)])
 def test_inspection(size):
     torch.manual_seed(1)
-    frames = [np.full((*size, 3), value, np.float32) for value in (0.2, 0.5, 0.8)]
+    frames = [torch.full((1, 3, *size), value) for value in (0.2, 0.5, 0.8)]
     alignment = Alignment(
         torch.zeros(1, 2, *size), torch.ones(1, 2, *size), torch.zeros(1, 1, *size), torch.ones(1, 1, *size)
     )
     result = Result(
         torch.full((1, 3, *size), 0.3), Fusion(torch.full((1, 3, *size), 0.1), alignment), (-2, 0, 2), None, (-2, 0, 2)
     )
-    shown = pictures.inspection(frames, ["a", "b", "c"], result, pictures.display_curve(frames[0], "mu-law"))
+    radiance = pictures.to_picture(result.radiance)
+    shown = pictures.inspection(frames, ["a", "b", "c"], result, radiance, pictures.display_curve(radiance, "mu-law"))
     assert tuple(shown) == pictures.INSPECTION_FILES
     sheet = shown.pop("sheet.png")
     assert {picture.shape for picture in shown.values()} == {(*size, 3)}

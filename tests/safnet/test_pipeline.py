@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import safnet
-from safnet.images import write_picture, write_radiance
+from safnet.images import write_radiance
 from safnet.model import SAFNet
+from tests.support.frames import save_frame
 from tests.support.scenes import make_radiance
 
 EVS = (-2.0, 0.0, 2.0)
@@ -28,7 +29,7 @@ def frames(tmp_path):
     paths = [tmp_path / name for name in ("short.png", "reference.png", "long.png")]
     for path, ev in zip(paths, EVS, strict=True):
         ldr = np.clip(radiance * 2.0 ** (ev - EVS[0]), 0, 1) ** (1 / 2.2)
-        write_picture(path, np.round(ldr * 255).astype(np.uint8))
+        save_frame(path, np.round(ldr * 255).astype(np.uint8))
     return paths
 
 
