@@ -11,7 +11,7 @@ import torch
 from safnet.choices import ColourSpace, Depth, Look, ToneMap
 from safnet.colour import REC709, SPACES, Space, conversion, convert_, parse_curve
 from safnet.exposures import Bracket, open_bracket
-from safnet.fuse import Progress, Result, fuse_exposures
+from safnet.fuse import TILE, Progress, Result, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
@@ -24,6 +24,7 @@ from safnet.images import (
     write_picture,
     write_radiance,
 )
+from safnet.memory import gibibytes, is_out_of_memory, needed_memory
 from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES, display_curve, inspection, to_picture
 from safnet.radiance import Frame, exposure_ratios
@@ -51,6 +52,7 @@ def fuse_files(
     device: str = "auto",
     precision: torch.dtype = torch.float32,
     tile: int | None = None,
+    memory: int | None = None,
     curve: str = "auto",
     space: ColourSpace = "rec709",
     depth: Depth | None = None,
@@ -76,6 +78,7 @@ def fuse_files(
         model: one in eval mode, which stays where it is, or what `load_model` takes.
         device: where a model that is loaded here shall run: one of torch's, or "auto" for a GPU if there is one.
         precision, tile, progress: see `fuse_exposures`; here there are the stages "reading" and "writing" too.
+        memory: bytes; what would need more is refused before it is begun.
         curve: of the frames' values: "auto" for what each file states (else gamma 2.2), "srgb", "linear" or a gamma.
         space: primaries of the result: "rec709", "p3", "rec2020", or "input" for the frames' own.
         depth: numbers in `output`: "half" or "float" for .exr, "float" or "uint16" for .tif; the first of these by default.
@@ -95,8 +98,9 @@ def fuse_files(
         ExposureError: not three frames of one size, or exposures that are missing or equal.
         ImageError: a frame that cannot be read, or a name under which nothing can be written, or that is another file's.
         WeightsError: weights that are missing or do not fit.
-        ValueError: a device that cannot be used. All of these are ValueErrors; messages call arguments by the names of the
-            command's options.
+        MemoryError: more memory is needed than there is, or than `memory`; the message says how much.
+        ValueError: a device that cannot be used.
+            All but MemoryError are ValueErrors; messages call arguments by the names of the command's options.
 
     Warns:
         FusionWarning: frames do not fit together, as `Result.advice` says; the processor lacks arithmetic of that precision.
@@ -117,18 +121,32 @@ def fuse_files(
     progress("reading", 0, 1)
     pictures = read_frames(bracket.frames)
     progress("reading", 1, 1)
-    result = fuse_exposures(
-        network,
-        pictures,
-        bracket.evs,
-        measure=measure,
-        known_curve=bracket.has_known_curve,
-        global_motion=global_motion,
-        keep_fusion=inspect is not None,
-        tile=tile,
-        precision=precision,
-        progress=progress,
-    )
+    height, width = pictures[1].shape[2:]
+    height, width = pictures[1].shape[2:]
+    bytes_a_number, inspected = pictures[1].dtype.itemsize, inspect is not None
+    side = TILE if tile is None else tile
+    need = needed_memory(height, width, bytes_a_number, network.variant, side, inspected)
+    if memory is not None and need > memory:
+        raise MemoryError(
+            f"--memory {gibibytes(memory)} is too little: {_say_need(height, width, need, side, inspected)}"
+        )
+    try:
+        result = fuse_exposures(
+            network,
+            pictures,
+            bracket.evs,
+            measure=measure,
+            known_curve=bracket.has_known_curve,
+            global_motion=global_motion,
+            keep_fusion=inspected,
+            tile=tile,
+            precision=precision,
+            progress=progress,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory: {_say_need(height, width, need, side, inspected)}") from error
     for sentence in result.advice:
         warnings.warn(sentence, FusionWarning, stacklevel=2)
     convert_(result.radiance, bracket.space, target)
@@ -179,6 +197,14 @@ def check_destinations(
         if (other := taken.setdefault(path.resolve(), option)) != option:
             raise ImageError(f"{option} {path} is {other} too; give it another name")
     return list(results.values())
+
+
+def _say_need(height: int, width: int, need: int, tile: int, inspected: bool) -> str:
+    """How much memory is needed, and which option lowers that."""
+    ways = ["without --inspect"] * inspected + [f"with --tile {TILE}"] * (not 0 < tile <= TILE)
+    return f"frames of {width} x {height} need about {gibibytes(need)}" + (
+        f", less {' or '.join(ways)}" if ways else ""
+    )
 
 
 def _write(

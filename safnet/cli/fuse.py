@@ -70,6 +70,9 @@ def fuse(
     device: Device = "auto",
     threads: Threads = None,
     tile: Tile = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Refuse what needs more memory: 4GB.", show_default="no limit")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fuse three exposures of a moving scene into one linear HDR picture, aligned to the middle exposure.
@@ -81,8 +84,10 @@ def fuse(
         import torch
 
         from safnet.exposures import format_evs, parse_evs
+        from safnet.memory import parse_size, reuse_freed_memory
         from safnet.pipeline import FusionWarning, fuse_files
 
+        reuse_freed_memory()
         use_threads(threads)
         with progress_bar() as progress, notes(FusionWarning):
             result = fuse_files(
@@ -95,6 +100,7 @@ def fuse(
                 device=device,
                 precision=getattr(torch, precision),
                 tile=tile,
+                memory=None if memory is None else parse_size(memory),
                 curve=curve,
                 space=space,
                 depth=depth,

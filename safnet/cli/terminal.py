@@ -57,9 +57,12 @@ def one_line_errors() -> Iterator[None]:
         print_error(str(error))
         raise typer.Exit(BAD_INPUT) from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        from safnet.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        print_error("out of memory; try a smaller --tile, --precision bfloat16 or --model safnet-s")
+        message = str(error) if isinstance(error, MemoryError) else ""
+        print_error(message or "out of memory; try a smaller --tile, --precision bfloat16 or --model safnet-s")
         raise typer.Exit(OUT_OF_MEMORY) from error
 
 
@@ -124,9 +127,3 @@ def peak_memory() -> str:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
     return " + ".join(parts) or "unknown"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """For want of memory on a CPU torch raises a plain RuntimeError."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)

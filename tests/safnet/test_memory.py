@@ -1,0 +1,89 @@
+"""Memory: what is said to be needed is enough, and too little is said in one line."""
+
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from safnet.fuse import TILE
+from safnet.memory import GIB, needed_memory, parse_size
+from tests.support.scenes import handheld
+
+HEIGHT, WIDTH = 1200, 1600
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """Three JPEG files of 2 megapixels."""
+    folder = tmp_path_factory.mktemp("frames")
+    paths = []
+    for number, frame in enumerate(handheld((6.0, 1.0), height=150, width=200)[0]):
+        picture = (255 * frame[0].permute(1, 2, 0).numpy()[..., ::-1]).round().astype(np.uint8)
+        paths.append(folder / f"{number}.jpg")
+        cv2.imwrite(str(paths[-1]), cv2.resize(picture, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC))
+    return [str(path) for path in paths]
+
+
+def fuse(frames, output, *options, before=""):
+    """Run the command in a process of its own: its exit code, what it wrote to stderr, and its peak in bytes."""
+    code = (
+        f"import resource, sys; {before}\n"
+        "from safnet.cli import app\n"
+        "code = app(sys.argv[1:], standalone_mode=False)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+        "sys.exit(code)"
+    )
+    arguments = ["fuse", *frames, "--ev", "-2", "0", "2", "-o", str(output), "--trust", *options]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr, int(done.stdout.split()[-1])
+
+
+def test_what_is_needed_is_enough(frames, tmp_path):
+    needed = needed_memory(HEIGHT, WIDTH, 1, "small", TILE)
+    code, error, peak = fuse(frames, tmp_path / "r.exr", "--memory", str(needed))
+    assert code == 0, error
+    assert peak < needed
+    assert peak > needed / 2
+
+
+def test_too_little_is_refused_with_what_is_needed(frames, tmp_path):
+    code, error, _ = fuse(frames, tmp_path / "r.exr", "--memory", "200MB")
+    assert code == 1
+    assert re.fullmatch(
+        r"error: --memory 0.19 GiB is too little: frames of 1600 x 1200 need about \d\.\d\d GiB\n", error
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_running_out_of_memory_is_one_line(frames, tmp_path):
+    before = (
+        "import torch, safnet.fuse; now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 300 * 2**20,) * 2)"
+    )
+    code, error, _ = fuse(frames, tmp_path / "r.exr", "--threads", "1", before=before)
+    assert code == 1
+    assert re.fullmatch(r"error: out of memory: frames of 1600 x 1200 need about .* GiB\n", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_is_needed_of_larger_tiles_and_frames():
+    need = needed_memory(4000, 6000, 1, "full", 448)
+    assert needed_memory(4000, 6000, 1, "full", 2000) > need + 4e9
+    assert needed_memory(4000, 6000, 1, "full", 0) == needed_memory(4000, 6000, 1, "full", 10000)
+    assert needed_memory(4000, 6000, 2, "full", 448) - need == 9 * 24e6
+    assert needed_memory(4000, 6000, 1, "full", 448, inspect=True) > need + 1e9
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4e9), ("1.5 GiB", 1.5 * GIB), ("800mb", 8e8), ("12345", 12345)])
+def test_sizes_are_understood(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "4 G", "-1GB", "lots", "4GBs"])
+def test_what_is_no_size_is_named(text):
+    with pytest.raises(ValueError, match=f"--memory must be a size like 4GB or 800MB, got {text!r}"):
+        parse_size(text)
