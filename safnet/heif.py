@@ -43,7 +43,8 @@ def read_heif_pixels(path: Path) -> FramePicture:
             with Image.open(path) as coded:
                 pixels = np.asarray(ImageOps.exif_transpose(coded).convert("RGB"))
         else:
-            pixels = np.asarray(_open(path))
+            picture = _open(path)
+            pixels = np.array(picture)  # a copy: the picture's memory goes with it
     except (OSError, ValueError, RuntimeError) as error:
         raise ImageError(f"{path} cannot be read, it may be truncated: {error}") from error
     if pixels.ndim == 2:

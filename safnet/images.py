@@ -516,7 +516,7 @@ def _interoperability(path: Path) -> str:
     try:
         with Image.open(path) as picture:
             return str(picture.getexif().get_ifd(0xA005).get(1, "")).strip("\0")
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, KeyError):
         return ""
 
 

@@ -107,8 +107,7 @@ def fuse_files(
     """
     frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
-    if look != "natural" and tonemap != "photo":
-        raise ValueError(f"--look {look} is one of --tonemap photo, got --tonemap {tonemap}")
+    check_look(tonemap, look)
     results = check_destinations(frames, output, depth, preview, inspect, overwrite)
     bracket = open_bracket(frames, evs, results, parse_curve(curve))
     target = SPACES.get(space, bracket.space)
@@ -162,6 +161,11 @@ def fuse_files(
         _write(result, bracket, pictures, target, output, depth, preview, tone, inspect)
         progress("writing", 1, 1)
     return result
+
+
+def check_look(tonemap: ToneMap, look: Look) -> None:
+    if look != "natural" and tonemap != "photo":
+        raise ValueError(f"--look {look} is one of --tonemap photo, got --tonemap {tonemap}")
 
 
 def check_destinations(

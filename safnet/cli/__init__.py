@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 import safnet
-from safnet.cli import evaluate, fit_refine, fuse, info, synthesize, train
+from safnet.cli import batch, evaluate, fit_refine, fuse, info, synthesize, train
 from safnet.cli.terminal import BAD_INPUT, OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
 
 app.command(cls=fuse.FuseCommand)(fuse.fuse)
+app.command(cls=fuse.FuseCommand)(batch.batch)
 app.command()(evaluate.evaluate)
 app.command()(synthesize.synthesize)
 app.command()(train.train)
