@@ -121,7 +121,6 @@ def fuse_files(
     pictures = read_frames(bracket.frames)
     progress("reading", 1, 1)
     height, width = pictures[1].shape[2:]
-    height, width = pictures[1].shape[2:]
     bytes_a_number, inspected = pictures[1].dtype.itemsize, inspect is not None
     side = TILE if tile is None else tile
     need = needed_memory(height, width, bytes_a_number, network.variant, side, inspected)
