@@ -16,15 +16,22 @@ LARGEST_TINT = 0.15  # stops between the colours' exposures
 LINEAR_ERROR = 0.05  # share by which measured EVs may differ from 2.2 times the given ones, as which linear frames show
 
 
-def advise(bracket: Bracket, aligned: Aligned, calibration: Calibration, evs: Sequence[float]) -> tuple[str, ...]:
+def advise(
+    bracket: Bracket,
+    aligned: Aligned,
+    calibration: Calibration,
+    evs: Sequence[float],
+    names: Sequence[str | None] = NAMES,
+) -> tuple[str, ...]:
     """Sentences about what does not fit; none where all is well.
 
     Args:
         bracket, aligned: frames and alignment at the size where they were compared.
         calibration: what was measured, or only given.
         evs: the exposures as given.
+        names: of the frames; None for one that is not there, of which nothing is said.
     """
-    if (twins := _twins(bracket)) is not None:
+    if (twins := _twins(bracket, names)) is not None:
         return (twins,)
     found: list[str] = []
     straight = [calibration.straighten(frame) for frame in bracket.frames]
@@ -35,8 +42,10 @@ def advise(bracket: Bracket, aligned: Aligned, calibration: Calibration, evs: Se
             "Give --curve linear",
         )
     for number, exposure in zip((0, 2), exposures, strict=True):
-        name = NAMES[number]
-        if (stranger := _stranger(bracket, aligned, number, calibration.evs)) is not None:
+        name = names[number]
+        if name is None:
+            continue
+        if (stranger := _stranger(bracket, aligned, number, name, calibration.evs)) is not None:
             found.append(stranger)
         elif exposure is not None:
             found += _surprises(name, exposure, evs[number] - evs[1], calibration.evs[number] - calibration.evs[1])
@@ -56,20 +65,20 @@ def _are_linear(exposures: Sequence[Exposure | None], evs: Sequence[float]) -> b
     )
 
 
-def _twins(bracket: Bracket) -> str | None:
+def _twins(bracket: Bracket, names: Sequence[str | None]) -> str | None:
     short, reference, long = bracket.frames
     alike = [float((first - second).abs().mean()) < SAME for first, second in ((short, reference), (reference, long))]
-    if all(alike):
+    if all(alike) and None not in names:
         return "the three frames are one and the same picture: nothing can be gained by fusing them"
-    for same, names in zip(alike, (NAMES[:2], NAMES[1:]), strict=True):
-        if same:
-            return f"the {names[0]} and the {names[1]} frame are one and the same picture: their EVs cannot differ"
+    for same, pair in zip(alike, (names[:2], names[1:]), strict=True):
+        if same and None not in pair:
+            return f"the {pair[0]} and the {pair[1]} frame are one and the same picture: their EVs cannot differ"
     return None
 
 
-def _stranger(bracket: Bracket, aligned: Aligned, number: int, evs: Sequence[float]) -> str | None:
+def _stranger(bracket: Bracket, aligned: Aligned, number: int, name: str, evs: Sequence[float]) -> str | None:
     """What is wrong with a frame that shows another scene, or this one turned."""
-    motion, name = bracket.motions[number // 2], NAMES[number]
+    motion = bracket.motions[number // 2]
     if motion.matched and abs(motion.roll) > LARGEST_ROLL:
         return f"the {name} frame is turned by {motion.roll:.0f} degrees against the reference: turn it upright first"
     alike, comparable = _alike(bracket, aligned, number, evs)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from safnet.choices import MOST_FRAMES
 from safnet.colour import conversion
 from safnet.exposures import FRAMES, ExposureError, exif_evs, exposure_file, format_evs, read_exposure_file
 from safnet.files import write_text
@@ -44,7 +45,7 @@ class Series(NamedTuple):
 
     Attributes:
         frames: in the order in which they were taken.
-        chosen: the three that are fused, from dark to bright, or in the order of `frames` where exposures are not known; none
+        chosen: those that are fused, from dark to bright, or in the order of `frames` where exposures are not known; none
             if this is no bracket.
         reason: why not.
     """
@@ -55,8 +56,8 @@ class Series(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the result: that of the reference."""
-        return self.chosen[FRAMES // 2].stem
+        """Of the result: that of the middle exposure."""
+        return self.chosen[len(self.chosen) // 2].stem
 
 
 @dataclass(frozen=True)
@@ -179,14 +180,14 @@ def _taken(header: Header) -> datetime | None:
 
 
 def _by_exposures(files: tuple[Path, ...], folder: Path) -> Series:
-    """A series with its darkest, middle and brightest frame chosen."""
+    """A series with the frames to fuse: all, or where these are too many the darkest, the middle and the brightest."""
     if len(files) < FRAMES:
         return Series(files, reason=f"{len(files)} {'frame' if len(files) == 1 else 'frames'}")
     exposed, unreadable = _exposed(files)
     if unreadable:
         return Series(files, reason=unreadable[0].reason)
     exposed.sort(key=lambda pair: pair[1])
-    chosen = [exposed[0], exposed[len(exposed) // 2], exposed[-1]]
+    chosen = exposed if len(exposed) <= MOST_FRAMES else [exposed[0], exposed[len(exposed) // 2], exposed[-1]]
     if min(high[1] - low[1] for low, high in pairwise(chosen)) < SMALLEST_STEP:
         return Series(
             files, reason=f"exposures less than {SMALLEST_STEP} EV apart: {format_evs([ev for _, ev in chosen])}"

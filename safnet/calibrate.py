@@ -174,13 +174,15 @@ def develop(frame: Tensor, curve: Tensor) -> Tensor:
     return frame * (torch.lerp(curve[knot], curve[knot + 1], position - knot) / GAMMA).exp2()
 
 
-def check_bracket(operator: str, frames: Sequence[Frame], evs: Sequence[float]) -> None:
-    """Raise ValueError, naming the operator, unless there are three frames (1, 3, H, W) and three finite EVs that ascend."""
+def check_bracket(operator: str, frames: Sequence[Frame], evs: Sequence[float], fewest: int = 3, most: int = 3) -> None:
+    """Raise ValueError, naming the operator, unless there are so many frames (1, 3, H, W) and finite EVs that ascend."""
     shapes = [tuple(frame.shape) for frame in frames]
-    if len(shapes) != 3 or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][:2] != (1, 3):
-        raise ValueError(f"{operator}: frames must be three of (1, 3, H, W), got {shapes}")
-    if len(evs) != 3 or not all(map(math.isfinite, evs)) or any(low >= high for low, high in pairwise(evs)):
-        raise ValueError(f"{operator}: evs must be three finite numbers that ascend, got {tuple(evs)}")
+    number = "three" if fewest == most == 3 else f"{fewest} to {most}"
+    if not fewest <= len(shapes) <= most or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][:2] != (1, 3):
+        raise ValueError(f"{operator}: frames must be {number} of (1, 3, H, W), got {shapes}")
+    if len(evs) != len(frames) or not all(map(math.isfinite, evs)) or any(low >= high for low, high in pairwise(evs)):
+        number = "three" if len(frames) == 3 else str(len(frames))
+        raise ValueError(f"{operator}: evs must be {number} finite numbers that ascend, got {tuple(evs)}")
 
 
 def _shrink(frame: Tensor) -> Tensor:

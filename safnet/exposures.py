@@ -1,4 +1,4 @@
-"""Exposure values of the three frames: from the user, from exposure.txt, or from EXIF.
+"""Exposure values of the frames: from the user, from exposure.txt, or from EXIF.
 
 An EV here counts stops of light: the frame that gathered twice the light (longer time, higher ISO, wider aperture) has
 one EV more. Only differences matter. (Light meters count the other way: their EV grows as the exposure gets shorter.)
@@ -11,10 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from safnet.choices import FEWEST_FRAMES, MOST_FRAMES
 from safnet.colour import Curve, Space, conversion
 from safnet.images import FOREIGN_EXTENSIONS, RAW_EXTENSIONS, Header, ImageError, find_frames, read_header
 
-FRAMES = 3
+FRAMES = 3  # that the network takes at once
 EXPOSURE_FILE = "exposure.txt"
 SMALLEST_STEP = 0.05  # EV; frames closer than this count as equally exposed
 LARGEST_SPAN = 30.0  # EV; more than any bracket, so a sign of exposure times in place of EVs
@@ -29,15 +30,20 @@ class ExposureError(ValueError):
 
 
 class Bracket(NamedTuple):
-    """Three frames of one size, from short to long exposure, and their EVs."""
+    """Two to nine frames of one size, in ascending order of exposure, and their EVs.
+
+    Attributes:
+        reference: number of the frame to align to, if one was chosen.
+    """
 
     frames: tuple[Header, ...]
     evs: tuple[float, ...]
+    reference: int | None = None
 
     @property
     def space(self) -> Space:
         """Primaries of all frames."""
-        return self.frames[1].colour.space
+        return self.frames[0].colour.space
 
     @property
     def has_known_curve(self) -> bool:
@@ -55,17 +61,19 @@ def open_bracket(
     given: Sequence[float] | None = None,
     besides: Sequence[Path] = (),
     curve: Curve | None = None,
+    reference: Path | None = None,
 ) -> Bracket:
-    """Look at three frames, or at the three in a folder, without reading their pixels, and sort them by exposure.
+    """Look at two to nine frames, or at those in a folder, without reading their pixels, and sort them by exposure.
 
     Args:
-        paths: three files in any order, or one folder (its pictures count by file name).
+        paths: files in any order, or one folder (its pictures count by file name).
         given: EVs of the frames in that order, which win over exposure.txt and EXIF.
         besides: files that are to be written: they are no frames though they may lie in the folder.
         curve: of the frames, if not that which they state themselves.
+        reference: the frame to align to.
 
     Raises:
-        ExposureError, ImageError: not three frames, of different sizes, unreadable, or without usable exposures.
+        ExposureError, ImageError: not two to nine frames, or the reference none of them, of different sizes, unreadable, or without usable exposures.
     """
     if len(paths) == 1 and paths[0].is_dir():
         for path in besides:
@@ -74,14 +82,26 @@ def open_bracket(
                     f"{path} is a picture of the folder whose frames are to be fused; write to another name"
                 )
         files = find_frames(paths[0])
-        _check_count(files, f"folder {paths[0]} must hold {FRAMES} frames", paths[0])
+        _check_count(files, f"folder {paths[0]} must hold {FEWEST_FRAMES} to {MOST_FRAMES} frames", paths[0])
     else:
         files = list(paths)
-        _check_count(files, f"frames must be {FRAMES} files or one folder")
+        _check_count(files, f"frames must be {FEWEST_FRAMES} to {MOST_FRAMES} files or one folder")
     frames = [read_header(file, curve) for file in files]
     _check_alike(frames)
     pairs = sorted(zip(find_evs(frames, given, besides), frames, strict=True), key=lambda pair: pair[0])
-    return Bracket(tuple(frame for _, frame in pairs), tuple(ev for ev, _ in pairs))
+    return Bracket(
+        tuple(frame for _, frame in pairs), tuple(ev for ev, _ in pairs), _number_of(reference, [f for _, f in pairs])
+    )
+
+
+def _number_of(reference: Path | None, frames: Sequence[Header]) -> int | None:
+    if reference is None:
+        return None
+    for number, frame in enumerate(frames):
+        if frame.path.resolve() == reference.resolve():
+            return number
+    names = ", ".join(frame.path.name for frame in frames)
+    raise ExposureError(f"--reference must be one of the frames {names}, got {reference}")
 
 
 def find_evs(
@@ -155,12 +175,12 @@ def parse_evs(text: str) -> list[float]:
     fractions are of the form 1/N: "1/80 1/20 1/5", "1/2 2 8". Other fractions are parts of a stop: "-1/3 0 1/3".
 
     Raises:
-        ExposureError: not three numbers.
+        ExposureError: not two to nine numbers.
     """
     words = split_exposures(text)
-    if len(words) != FRAMES or not all(map(is_exposure, words)):
+    if not FEWEST_FRAMES <= len(words) <= MOST_FRAMES or not all(map(is_exposure, words)):
         raise ExposureError(
-            f"--ev must be {FRAMES} exposures in stops, for example --ev -2 0 2, or times such as --ev 1/80 1/20 1/5, "
+            f"--ev must be {FEWEST_FRAMES} to {MOST_FRAMES} exposures in stops, for example --ev -2 0 2, or times such as --ev 1/80 1/20 1/5, "
             f"got {text!r}"
         )
     if _are_times(words):
@@ -217,12 +237,12 @@ def _offer(frames: Sequence[Header]) -> str:
 
 
 def _check_count(files: Sequence[Path], demand: str, folder: Path | None = None) -> None:
-    if len(files) == FRAMES:
+    if FEWEST_FRAMES <= len(files) <= MOST_FRAMES:
         return
     names = f" ({', '.join(file.name for file in files)})" if files else ""
     advice = ""
-    if len(files) > FRAMES:
-        advice = f"; choose three, for example: {' '.join(map(str, choose_three(files)))}"
+    if len(files) > MOST_FRAMES:
+        advice = f"; choose some, for example: {' '.join(map(str, choose_three(files)))}"
     elif folder is not None:
         foreign = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FOREIGN_EXTENSIONS)
         if foreign:
@@ -264,7 +284,7 @@ def _check_alike(frames: Sequence[Header]) -> None:
                 f"{frame.path} with {frame.width} x {frame.height} pixels"
             )
         if frame.path.resolve() in [other.path.resolve() for other in frames[:number]]:
-            raise ExposureError(f"frames must be three different files, got {frame.path} twice")
+            raise ExposureError(f"frames must be different files, got {frame.path} twice")
         if conversion(frame.colour.space, first.colour.space) is not None:
             raise ExposureError(
                 f"frames must be of one colour space, got {first.path} of {first.colour.space.name} and {frame.path} of "
@@ -278,7 +298,10 @@ def _check_evs(evs: list[float], frames: Sequence[Header], source: str) -> None:
         raise ExposureError(f"EVs from {source} must be finite numbers, got {pairs}")
     ordered = sorted(evs)
     if any(high - low < SMALLEST_STEP for low, high in pairwise(ordered)):
-        raise ExposureError(f"EVs from {source} must differ, got {pairs}; {HINT}, in the order of the frames")
+        way = f"{HINT}, in the order of the frames"
+        if len(frames) > FRAMES:
+            way = f"fuse one bracket, for example: {' '.join(map(str, choose_three([frame.path for frame in frames])))}"
+        raise ExposureError(f"EVs from {source} must differ, got {pairs}; {way}")
     if ordered[-1] - ordered[0] > LARGEST_SPAN:
         raise ExposureError(
             f"EVs from {source} span more than {LARGEST_SPAN:g} stops ({pairs}): are they exposure times?"

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 import safnet_ops
-from safnet.advice import advise
+from safnet.advice import NAMES, advise
 from safnet.align import Aligned, Bracket, align, full_size, reduce_frames
 from safnet.calibrate import Calibration, calibrate, check_bracket
+from safnet.choices import FEWEST_FRAMES, MOST_FRAMES
 from safnet.merge import measure_noise, trust_in_refining, weigh_by_noise
 from safnet.model import Alignment, Fusion, SAFNet
 from safnet.radiance import INTEGER_SCALES, Frame, StoredFrame, exposure_input, exposure_ratios, ldr_values
+from safnet.series import Three, best_exposed, merge_, threes
 
 TILE = 448  # pixels a side: larger ones waste less on margins, smaller ones need less memory
 NO_SURPRISE = 0.05  # stops between given and measured exposures that do not change an alignment
@@ -31,11 +33,13 @@ class Result(NamedTuple):
 
     Attributes:
         radiance: on the CPU.
-        fusion: the explicit fusion before the refine module, with full-size flows and masks; None unless it was to be kept.
+        fusion: the explicit fusion before the refine module, with full-size flows and masks of the darkest and the brightest
+            frame; None unless it was to be kept.
         evs, curve: exposures and camera curve, given or measured (see `safnet.calibrate.Calibration`).
         given_evs: the exposures before anything was measured.
-        covered: shares of the reference frame that the short and the long frame show; the rest is the reference alone.
+        covered: shares of the reference frame that the darkest and the brightest frame show; the rest is the reference alone.
         advice: sentences about what does not fit together in the frames (see `safnet.advice`).
+        reference: number of the frame that the result is aligned to, from 0.
     """
 
     radiance: Tensor
@@ -45,6 +49,7 @@ class Result(NamedTuple):
     given_evs: tuple[float, ...]
     covered: tuple[float, float] = (1.0, 1.0)
     advice: tuple[str, ...] = ()
+    reference: int = 1
 
 
 def fuse_exposures(
@@ -52,6 +57,7 @@ def fuse_exposures(
     frames: Sequence[Frame],
     evs: Sequence[float],
     *,
+    reference: int | None = None,
     measure: bool = False,
     known_curve: bool = False,
     alignment: Literal["frame", "paper"] = "frame",
@@ -61,14 +67,18 @@ def fuse_exposures(
     precision: torch.dtype = torch.float32,
     progress: Progress = lambda stage, done, total: None,
 ) -> Result:
-    """Fuse three LDR frames in memory that tiles keep in bounds.
+    """Fuse two to nine LDR frames in memory that tiles keep in bounds.
+
+    The network takes three: one darker and one brighter than the reference. Of other frames, threes that share the reference
+    are fused one after the other, and their results merged (see `safnet.series`).
 
     Args:
         model: in eval mode, on the device where the work shall run.
-        frames: short, reference, long: (1, 3, H, W), LDR values: floats in [0, 1], or uint8 or uint16 as files hold them,
-            with a table of what they mean where that is not gamma 2.2 (`radiance.StoredFrame`).
+        frames: in ascending order of exposure: (1, 3, H, W), LDR values: floats in [0, 1], or uint8 or uint16 as files hold
+            them, with a table of what they mean where that is not gamma 2.2 (`radiance.StoredFrame`).
         evs: their exposure values in stops, ascending.
-        measure: find out the outer frames' true exposures and the camera's curve (see `calibrate`), instead of trusting
+        reference: number of the frame to align to; None for the middle one of three, the best exposed one of others.
+        measure: find out the other frames' true exposures and the camera's curve (see `calibrate`), instead of trusting
             `evs` and assuming gamma 2.2.
         known_curve: the frames are of gamma 2.2 for certain, as those from linear files are: measure the exposures alone.
         alignment: "frame": as far as the frame needs, whatever its size (see `safnet.align`). "paper": four levels on the
@@ -80,41 +90,97 @@ def fuse_exposures(
         progress: called after each step.
 
     Raises:
-        ValueError: not three frames of one such shape, type and range, not three finite EVs that ascend, or a negative tile.
+        ValueError: not two to nine frames of one such shape, type and range, not as many finite EVs that ascend, a negative
+            tile, or a reference that is no frame's number.
     """
     device = next(model.parameters()).device
-    _check(frames, evs, tile)
-    height, width = frames[1].shape[2:]
+    _check(frames, evs, tile, reference)
+    chosen = best_exposed(frames) if reference is None else reference
+    result, seen = None, list[float]()
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        progress("aligning", 0, 1)
-        bracket = reduce_frames(frames, evs, global_motion) if alignment == "frame" else None
-        found, aligned = (
-            _calibrate(model, frames, bracket, evs, known_curve) if measure else (Calibration(tuple(evs)), None)
-        )
-        if aligned is None:
-            aligned = _align(model, frames, bracket, found)
-        advice = advise(bracket, aligned, found, evs) if bracket is not None and measure else ()
-        noise = _measure_noise(model, frames, found, aligned.alignment) if bracket is not None else None
-        progress("aligning", 1, 1)
-        tile = TILE if tile is None else tile
-        tiles = [(rows, columns) for rows in _spans(height, tile or height) for columns in _spans(width, tile or width)]
-        # Channels innermost, as pictures are written.
-        radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)
-        fusion = _empty_fusion(height, width) if keep_fusion else None
-        for number, (rows, columns) in enumerate(tiles, 1):
-            refined, part = _fuse_tile(model, frames, found, aligned.alignment, noise, (rows, columns))
-            radiance[..., rows, columns] = refined
-            if fusion is not None:
-                fusion.fused[..., rows, columns] = part.fused
-                for whole, piece in zip(fusion.alignment, part.alignment, strict=True):
-                    whole[..., rows, columns] = piece
-            progress("refining", number, len(tiles))
-    return Result(radiance, fusion, found.evs, found.curve, tuple(evs), aligned.covered, advice)
+        for three in threes(frames, evs, chosen):
+            bracket = reduce_frames(three.frames, three.evs, global_motion) if alignment == "frame" else None
+            given = Calibration(three.evs, None if result is None else result.curve)
+            known = known_curve or result is not None
+            part = _fuse_three(model, three, bracket, given, measure, known, len(frames), keep_fusion, tile, progress)
+            result = (
+                part._replace(evs=tuple(evs), given_evs=tuple(evs)) if result is None else _merged(result, seen, part)
+            )
+            result = result._replace(evs=_put(result.evs, three.numbers, part.evs))
+            seen += part.evs
+    assert result is not None
+    return result
 
 
-def _check(frames: Sequence[Frame], evs: Sequence[float], tile: int | None) -> None:
-    check_bracket("fuse_exposures", frames, evs)
-    for name, frame in zip(("short", "reference", "long"), frames, strict=True):
+def _fuse_three(
+    model: SAFNet,
+    three: Three,
+    bracket: Bracket | None,
+    given: Calibration,
+    measure: bool,
+    known_curve: bool,
+    count: int,
+    keep_fusion: bool,
+    tile: int | None,
+    progress: Progress,
+) -> Result:
+    """The result of three frames, with their EVs alone."""
+    frames, evs = three.frames, three.evs
+    height, width = frames[1].shape[2:]
+    progress("aligning", 0, 1)
+    found, aligned = _calibrate(model, frames, bracket, given, known_curve) if measure else (given, None)
+    if aligned is None:
+        aligned = _align(model, frames, bracket, found)
+    advice = advise(bracket, aligned, found, evs, _names(three, count)) if bracket is not None and measure else ()
+    noise = _measure_noise(model, frames, found, aligned.alignment) if bracket is not None else None
+    progress("aligning", 1, 1)
+    tile = TILE if tile is None else tile
+    tiles = [(rows, columns) for rows in _spans(height, tile or height) for columns in _spans(width, tile or width)]
+    # Channels innermost, as pictures are written.
+    radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)
+    fusion = _empty_fusion(height, width) if keep_fusion else None
+    for number, (rows, columns) in enumerate(tiles, 1):
+        refined, part = _fuse_tile(model, frames, found, aligned.alignment, noise, (rows, columns))
+        radiance[..., rows, columns] = refined
+        if fusion is not None:
+            fusion.fused[..., rows, columns] = part.fused
+            for whole, piece in zip(fusion.alignment, part.alignment, strict=True):
+                whole[..., rows, columns] = piece
+        progress("refining", number, len(tiles))
+    return Result(radiance, fusion, found.evs, found.curve, evs, aligned.covered, advice, three.numbers[1])
+
+
+def _names(three: Three, count: int) -> tuple[str | None, ...]:
+    """How the frames of a three are called; None for one that the reference stands in for."""
+    if count == 3 and three.numbers == (0, 1, 2):
+        return NAMES
+    short, reference, long = (
+        None if number is None else f"{number + 1}. darkest" if number else "darkest" for number in three.numbers
+    )
+    return short, reference, long
+
+
+def _merged(result: Result, evs: Sequence[float], part: Result) -> Result:
+    """What the exposures of some EVs show, with what those of another three do; in the memory of the former."""
+    merge_(result.radiance, evs, part.radiance, part.evs)
+    if result.fusion is not None and part.fusion is not None:
+        merge_(result.fusion.fused, evs, part.fusion.fused, part.evs)
+    new = tuple(sentence for sentence in part.advice if sentence not in result.advice)
+    return result._replace(advice=result.advice + new)
+
+
+def _put(evs: Sequence[float], numbers: Sequence[int | None], new: Sequence[float]) -> tuple[float, ...]:
+    """EVs of all frames with new ones for some."""
+    changed = {number: ev for number, ev in zip(numbers, new, strict=True) if number is not None}
+    return tuple(changed.get(number, ev) for number, ev in enumerate(evs))
+
+
+def _check(frames: Sequence[Frame], evs: Sequence[float], tile: int | None, reference: int | None) -> None:
+    check_bracket("fuse_exposures", frames, evs, FEWEST_FRAMES, MOST_FRAMES)
+    if reference is not None and not 0 <= reference < len(frames):
+        raise ValueError(f"fuse_exposures: reference must be from 0 to {len(frames) - 1}, got {reference}")
+    names = NAMES if len(frames) == 3 else [f"{number + 1}. darkest" for number in range(len(frames))]
+    for name, frame in zip(names, frames, strict=True):
         if isinstance(frame, StoredFrame) or frame.dtype in INTEGER_SCALES:
             continue
         if frame.dtype != torch.float32:
@@ -137,22 +203,23 @@ def _whole_exposures(
 
 
 def _calibrate(
-    model: SAFNet, frames: Sequence[Frame], bracket: Bracket | None, evs: Sequence[float], known_curve: bool
+    model: SAFNet, frames: Sequence[Frame], bracket: Bracket | None, given: Calibration, known_curve: bool
 ) -> tuple[Calibration, Aligned | None]:
     """What the frames show of curve and exposures, and the alignment found on the way if another would hardly differ."""
-    given = Calibration(tuple(evs))
     seen: list[Aligned] = []
 
-    def flows(frames: Sequence[Tensor], evs: Sequence[float]) -> tuple[Tensor, Tensor]:
+    def flows(_: Sequence[Tensor], evs: Sequence[float]) -> tuple[Tensor, Tensor]:
         if bracket is None:
             return _align_as_published(model, frames, given).visible_flows()
-        seen.append(align(model, bracket, evs))
+        seen.append(align(model, bracket, evs, given.straighten))
         return seen[0].visible_flows()
 
     values = bracket.frames if bracket is not None else [ldr_values(frame) for frame in frames]
-    found = calibrate(values, evs, flows, known_curve)
-    surprise = max(abs(first - second) for first, second in zip(found.evs, evs, strict=True))
+    found = calibrate([given.straighten(frame) for frame in values], given.evs, flows, known_curve)
+    surprise = max(abs(first - second) for first, second in zip(found.evs, given.evs, strict=True))
     as_given = found.curve is None and surprise <= NO_SURPRISE
+    if known_curve:
+        found = found._replace(curve=given.curve)
     return found, seen[0] if seen and as_given else None
 
 

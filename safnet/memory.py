@@ -30,11 +30,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1))
 
 
-def needed_memory(height: int, width: int, frame_bytes: int, variant: Variant, tile: int, inspect: bool = False) -> int:
+def needed_memory(
+    height: int, width: int, frames: int, frame_bytes: int, variant: Variant, tile: int, inspect: bool = False
+) -> int:
     """About as many bytes as `fuse_files` has at its peak on a CPU.
 
     Args:
         height, width: of the frames.
+        frames: their number.
         frame_bytes: of a number in the frames as they are read.
         variant: of the model.
         tile: side of the tiles in pixels, 0 for the whole frame.
@@ -43,7 +46,8 @@ def needed_memory(height: int, width: int, frame_bytes: int, variant: Variant, t
     pixels = height * width
     tile_pixels = pixels if tile == 0 else min(pixels, (tile + MARGINS) ** 2)
     work = max(ALIGNMENT, TILE_BYTES[variant] * tile_pixels)
-    kept = (9 * frame_bytes + RESULT_BYTES + (INSPECTION_BYTES if inspect else 0)) * pixels
+    results = RESULT_BYTES + (12 if frames != 3 else 0) + (INSPECTION_BYTES if inspect else 0)
+    kept = (3 * frames * frame_bytes + results) * pixels
     return int(PROCESS + work + kept)
 
 

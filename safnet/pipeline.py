@@ -46,6 +46,7 @@ def fuse_files(
     output: AnyPath | None = None,
     *,
     evs: Sequence[float] | None = None,
+    reference: AnyPath | None = None,
     measure: bool = True,
     global_motion: bool = True,
     model: SAFNet | AnyPath = "safnet-s",
@@ -64,15 +65,16 @@ def fuse_files(
     overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Result:
-    """Fuse three photographs into one linear HDR picture, aligned to the one of middle exposure, and write what is asked for.
+    """Fuse two to nine photographs into one linear HDR picture, aligned to one of them, and write what is asked for.
 
     Nothing is written unless all can be: frames, exposures and names are checked before. Each file appears whole or not at all.
 
     Args:
-        paths: three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder.
+        paths: two to nine frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder.
         output: .exr, .hdr or .tif for the linear result, .jpg for Ultra HDR; None to write none.
         evs: exposures in stops in the order of `paths` (of a folder: by name), more light being higher. None to take them from
             exposure.txt beside the frames, else from EXIF.
+        reference: the frame to align to; None for the middle one of three, the best exposed one of others.
         measure: find out the true exposures and the camera's curve, instead of trusting `evs` and assuming gamma 2.2.
         global_motion: look for the motion of the whole camera first, as between handheld frames.
         model: one in eval mode, which stays where it is, or what `load_model` takes.
@@ -95,7 +97,7 @@ def fuse_files(
         `inspect` flows, masks and explicit fusion: see `Result`.
 
     Raises:
-        ExposureError: not three frames of one size, or exposures that are missing or equal.
+        ExposureError: not two to nine frames of one size, or exposures that are missing or equal.
         ImageError: a frame that cannot be read, or a name under which nothing can be written, or that is another file's.
         WeightsError: weights that are missing or do not fit.
         MemoryError: more memory is needed than there is, or than `memory`; the message says how much.
@@ -109,7 +111,7 @@ def fuse_files(
     output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
     check_look(tonemap, look)
     results = check_destinations(frames, output, depth, preview, inspect, overwrite)
-    bracket = open_bracket(frames, evs, results, parse_curve(curve))
+    bracket = open_bracket(frames, evs, results, parse_curve(curve), None if reference is None else Path(reference))
     target = SPACES.get(space, bracket.space)
     if output is not None and output.suffix.lower() in REC709_EXTENSIONS and conversion(target, REC709) is not None:
         raise ImageError(
@@ -123,7 +125,7 @@ def fuse_files(
     height, width = pictures[1].shape[2:]
     bytes_a_number, inspected = pictures[1].dtype.itemsize, inspect is not None
     side = TILE if tile is None else tile
-    need = needed_memory(height, width, bytes_a_number, network.variant, side, inspected)
+    need = needed_memory(height, width, len(pictures), bytes_a_number, network.variant, side, inspected)
     if memory is not None and need > memory:
         raise MemoryError(
             f"--memory {gibibytes(memory)} is too little: {_say_need(height, width, need, side, inspected)}"
@@ -133,6 +135,7 @@ def fuse_files(
             network,
             pictures,
             bracket.evs,
+            reference=bracket.reference,
             measure=measure,
             known_curve=bracket.has_known_curve,
             global_motion=global_motion,
@@ -153,7 +156,7 @@ def fuse_files(
         tone = partial(
             display_curve,
             kind=tonemap,
-            exposure=exposure_ratios(result.evs)[1],
+            exposure=exposure_ratios(result.evs)[result.reference],
             look=look,
             brightness=brightness,
         )
@@ -221,7 +224,7 @@ def _write(
     tone: Callable[[FloatPicture], Callable[[FloatPicture], BytePicture]],
     inspect: Path | None,
 ) -> None:
-    metadata = bracket.frames[1].metadata
+    metadata = bracket.frames[result.reference].metadata
     has_gain_map = output is not None and output.suffix.lower() in ULTRA_HDR_EXTENSIONS
     if output is not None and not has_gain_map:
         write_radiance(output, to_picture(result.radiance), depth, space, metadata)
@@ -234,15 +237,17 @@ def _write(
     radiance = to_picture(shown)
     curve = tone(radiance)
     if output is not None and has_gain_map:
-        write_ultra_hdr(output, radiance, exposure_ratios(result.evs)[1], curve(radiance), metadata)
+        write_ultra_hdr(output, radiance, exposure_ratios(result.evs)[result.reference], curve(radiance), metadata)
     if preview is not None:
         write_picture(preview, curve(radiance), metadata)
     if inspect is not None:
         assert result.fusion is not None
         convert_(result.fusion.fused, bracket.space, REC709)
         inspect.mkdir(exist_ok=True)
-        labels = [frame.path.name for frame in bracket.frames]
-        for name, picture in inspection(pictures, labels, result, radiance, curve).items():
+        shown_frames = [0, result.reference, len(pictures) - 1]
+        labels = [bracket.frames[number].path.name for number in shown_frames]
+        frames = [pictures[number] for number in shown_frames]
+        for name, picture in inspection(frames, labels, result, radiance, curve).items():
             write_picture(inspect / name, picture, ())
 
 

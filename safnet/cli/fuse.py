@@ -13,7 +13,7 @@ from safnet.cli.terminal import notes, one_line_errors, peak_memory, progress_ba
 
 
 class FuseCommand(TyperCommand):
-    """A command whose --ev takes its three values as one word or as three."""
+    """A command whose --ev takes its values as one word or as several."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, join_exposures(args))
@@ -22,7 +22,9 @@ class FuseCommand(TyperCommand):
 def fuse(
     frames: Annotated[
         list[Path],
-        typer.Argument(help="Three frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder."),
+        typer.Argument(
+            help="Two to nine frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder."
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="HDR result: linear .exr, .hdr or .tif, or Ultra HDR .jpg.")
@@ -34,6 +36,10 @@ def fuse(
             help="Exposures in the order of the frames (of a folder: by name) in stops, more light = higher: -2 0 2; or as "
             "times: 1/80 1/20 1/5.",
         ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="The frame to align to.", show_default="of three the middle one, else the best exposed"),
     ] = None,
     measure: Annotated[
         bool,
@@ -75,7 +81,7 @@ def fuse(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fuse three exposures of a moving scene into one linear HDR picture, aligned to the middle exposure.
+    """Fuse two to nine exposures of a moving scene into one linear HDR picture, aligned to one of them.
 
     Exposures come from --ev, else from exposure.txt beside the frames (one EV a line, by file name), else from EXIF.
     """
@@ -94,6 +100,7 @@ def fuse(
                 frames,
                 output,
                 evs=None if ev is None else parse_evs(ev),
+                reference=reference,
                 measure=measure,
                 global_motion=global_motion,
                 model=model,
@@ -133,10 +140,14 @@ def join_exposures(arguments: list[str]) -> list[str]:
         if name != "--ev" or not (given or rest):
             joined.append(name + given + value)
             continue
+        from safnet.choices import MOST_FRAMES
         from safnet.exposures import FRAMES, is_exposure, split_exposures
 
         text = value if given else rest.pop(0)
-        while rest and len(split_exposures(text)) < FRAMES and is_exposure(rest[0].rstrip(",")):
+        while rest and len(split_exposures(text)) < MOST_FRAMES and is_exposure(rest[0].rstrip(",")):
+            # A file or folder may have a number for its name.
+            if len(split_exposures(text)) >= FRAMES and Path(rest[0]).exists():
+                break
             text += f" {rest.pop(0)}"
         joined.append(f"--ev={text}")
     return joined + rest

@@ -42,7 +42,7 @@ def fuse(frames, output, *options, before=""):
 
 
 def test_what_is_needed_is_enough(frames, tmp_path):
-    needed = needed_memory(HEIGHT, WIDTH, 1, "small", TILE)
+    needed = needed_memory(HEIGHT, WIDTH, 3, 1, "small", TILE)
     code, error, peak = fuse(frames, tmp_path / "r.exr", "--memory", str(needed))
     assert code == 0, error
     assert peak < needed
@@ -71,11 +71,11 @@ def test_running_out_of_memory_is_one_line(frames, tmp_path):
 
 
 def test_more_is_needed_of_larger_tiles_and_frames():
-    need = needed_memory(4000, 6000, 1, "full", 448)
-    assert needed_memory(4000, 6000, 1, "full", 2000) > need + 4e9
-    assert needed_memory(4000, 6000, 1, "full", 0) == needed_memory(4000, 6000, 1, "full", 10000)
-    assert needed_memory(4000, 6000, 2, "full", 448) - need == 9 * 24e6
-    assert needed_memory(4000, 6000, 1, "full", 448, inspect=True) > need + 1e9
+    need = needed_memory(4000, 6000, 3, 1, "full", 448)
+    assert needed_memory(4000, 6000, 3, 1, "full", 2000) > need + 4e9
+    assert needed_memory(4000, 6000, 3, 1, "full", 0) == needed_memory(4000, 6000, 3, 1, "full", 10000)
+    assert needed_memory(4000, 6000, 3, 2, "full", 448) - need == 9 * 24e6
+    assert needed_memory(4000, 6000, 3, 1, "full", 448, inspect=True) > need + 1e9
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GB", 4e9), ("1.5 GiB", 1.5 * GIB), ("800mb", 8e8), ("12345", 12345)])
