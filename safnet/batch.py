@@ -20,9 +20,17 @@ import torch
 
 from safnet.choices import MOST_FRAMES
 from safnet.colour import conversion
-from safnet.exposures import FRAMES, ExposureError, exif_evs, exposure_file, format_evs, read_exposure_file
+from safnet.exposures import (
+    FRAMES,
+    ExposureError,
+    exif_evs,
+    exposure_file,
+    format_evs,
+    read_exposure_file,
+    without_twins,
+)
 from safnet.files import write_text
-from safnet.images import RAW_EXTENSIONS, Header, ImageError, find_frames, is_result, read_header
+from safnet.images import Header, ImageError, find_frames, is_result, read_header
 from safnet.model import SAFNet
 from safnet.pipeline import FusionWarning, fuse_files
 from safnet.weights import load_model
@@ -99,7 +107,7 @@ def find_series(folder: Path, every: int | None = None) -> list[Series]:
     Raises:
         ExposureError: the folder has no frames, or `every` does not divide their number.
     """
-    files = _without_twins(find_frames(folder))
+    files = without_twins(find_frames(folder))
     if not files:
         raise ExposureError(f"folder {folder} holds no frames")
     if every is not None:
@@ -110,12 +118,6 @@ def find_series(folder: Path, every: int | None = None) -> list[Series]:
     exposed, unreadable = _exposed(files)
     parts = [tuple(frame.path for frame, _ in part) for part in _split(exposed)]
     return [*(_by_exposures(part, folder) for part in parts), *unreadable]
-
-
-def _without_twins(files: Sequence[Path]) -> list[Path]:
-    """Without the JPEGs that cameras write beside raw files."""
-    raw = {file.with_suffix("") for file in files if file.suffix.lower() in RAW_EXTENSIONS}
-    return [file for file in files if file.suffix.lower() in RAW_EXTENSIONS or file.with_suffix("") not in raw]
 
 
 def _exposed(files: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Series]]:

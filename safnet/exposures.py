@@ -73,7 +73,8 @@ def open_bracket(
         reference: the frame to align to.
 
     Raises:
-        ExposureError, ImageError: not two to nine frames, or the reference none of them, of different sizes, unreadable, or without usable exposures.
+        ExposureError, ImageError: not two to nine frames, of different sizes, unreadable, or without usable exposures; a
+            reference that is none of them.
     """
     if len(paths) == 1 and paths[0].is_dir():
         for path in besides:
@@ -81,7 +82,7 @@ def open_bracket(
                 raise ImageError(
                     f"{path} is a picture of the folder whose frames are to be fused; write to another name"
                 )
-        files = find_frames(paths[0])
+        files = without_twins(find_frames(paths[0]))
         _check_count(files, f"folder {paths[0]} must hold {FEWEST_FRAMES} to {MOST_FRAMES} frames", paths[0])
     else:
         files = list(paths)
@@ -180,8 +181,8 @@ def parse_evs(text: str) -> list[float]:
     words = split_exposures(text)
     if not FEWEST_FRAMES <= len(words) <= MOST_FRAMES or not all(map(is_exposure, words)):
         raise ExposureError(
-            f"--ev must be {FEWEST_FRAMES} to {MOST_FRAMES} exposures in stops, for example --ev -2 0 2, or times such as --ev 1/80 1/20 1/5, "
-            f"got {text!r}"
+            f"--ev must be {FEWEST_FRAMES} to {MOST_FRAMES} exposures in stops, for example --ev -2 0 2, or times such as "
+            f"--ev 1/80 1/20 1/5, got {text!r}"
         )
     if _are_times(words):
         seconds = [_value(word) for word in words]
@@ -233,6 +234,12 @@ def _offer(frames: Sequence[Header]) -> str:
     return f"{HINT}, in the order of the frames"
 
 
+def without_twins(files: Sequence[Path]) -> list[Path]:
+    """Without the JPEGs that cameras write beside raw files."""
+    raw = {file.with_suffix("") for file in files if file.suffix.lower() in RAW_EXTENSIONS}
+    return [file for file in files if file.suffix.lower() in RAW_EXTENSIONS or file.with_suffix("") not in raw]
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -253,9 +260,6 @@ def _check_count(files: Sequence[Path], demand: str, folder: Path | None = None)
 def choose_three(files: Sequence[Path]) -> list[Path]:
     """Three of more frames that make a bracket: the darkest, middle and brightest of the first series, by EXIF or exposure.txt,
     in which no exposure comes twice; where exposures are missing, the first, middle and last by name."""
-    raw = [file for file in files if file.suffix.lower() in RAW_EXTENSIONS]
-    if len(raw) >= FRAMES:  # with the camera's JPEGs beside them
-        files = raw
     ends = [files[0], files[len(files) // 2], files[-1]]
     try:
         frames = [read_header(file) for file in files]

@@ -144,8 +144,9 @@ def join_exposures(arguments: list[str]) -> list[str]:
         from safnet.exposures import FRAMES, is_exposure, split_exposures
 
         text = value if given else rest.pop(0)
-        while rest and len(split_exposures(text)) < MOST_FRAMES and is_exposure(rest[0].rstrip(",")):
-            # A file or folder may have a number for its name.
+        # Values in one word are all there are. A file or folder may have a number for its name.
+        several = is_exposure(text.rstrip(","))
+        while several and rest and len(split_exposures(text)) < MOST_FRAMES and is_exposure(rest[0].rstrip(",")):
             if len(split_exposures(text)) >= FRAMES and Path(rest[0]).exists():
                 break
             text += f" {rest.pop(0)}"

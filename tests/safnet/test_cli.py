@@ -132,7 +132,9 @@ def test_evs_as_people_write_them(tmp_path, frames, radiance, weights, given, fo
 @pytest.mark.parametrize(
     ("given", "joined"),
     [
-        (["--ev", "-2", "0", "2", "4"], ["--ev=-2 0 2", "4"]),  # a folder may have the name 4
+        (["--ev", "-2", "0", "2", "4"], ["--ev=-2 0 2 4"]),
+        (["--ev", "-2", "0", "2", "1"], ["--ev=-2 0 2", "1"]),  # a folder
+        (["--ev", *"123456789", "10"], ["--ev=1 2 3 4 5 6 7 8 9", "10"]),
         (["--ev", "-2,0,2", "4"], ["--ev=-2,0,2", "4"]),
         (["--ev", "-2", "0", "a.jpg", "2"], ["--ev=-2 0", "a.jpg", "2"]),
         (["--ev=-2,0,2", "-o", "x"], ["--ev=-2,0,2", "-o", "x"]),
@@ -140,7 +142,10 @@ def test_evs_as_people_write_them(tmp_path, frames, radiance, weights, given, fo
         (["--ev"], ["--ev"]),
     ],
 )
-def test_words_that_belong_to_ev(given, joined):
+def test_words_that_belong_to_ev(given, joined, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if joined[-1] == "1":
+        (tmp_path / "1").mkdir()
     assert join_exposures(given) == joined
 
 
@@ -234,9 +239,16 @@ def make(path, folder=False):
 # Each case: arguments from (frames, tmp_path), and what the one line on stderr must say.
 OK = ("--ev", 2, -2, 0)
 REFUSALS = {
-    "two frames": (lambda f, t: [*f[:2], "-o", t / "r.exr"], r"3 files or one folder, got 2 \(a\.png, b\.png\)"),
-    "four frames": (lambda f, t: [*f, f[0], "-o", t / "r.exr"], r"got 4 .*choose three"),
-    "empty folder": (lambda f, t: [make(t / "none", True), "-o", t / "r.exr"], r"none must hold 3 frames, got 0"),
+    "one frame": (lambda f, t: [f[0], "-o", t / "r.exr"], r"2 to 9 files or one folder, got 1 \(a\.png\)"),
+    "ten frames": (
+        lambda f, t: [*f, *f, *f, f[0], "-o", t / "r.exr"],
+        r"2 to 9 files or one folder, got 10 .*choose some",
+    ),
+    "empty folder": (lambda f, t: [make(t / "none", True), "-o", t / "r.exr"], r"none must hold 2 to 9 frames, got 0"),
+    "other reference": (
+        lambda f, t: [*f, *OK, "-o", t / "r.exr", "--reference", t / "z.png"],
+        r"--reference must be one of the frames b\.png, c\.png, a\.png, got .*z\.png",
+    ),
     "same frame": (lambda f, t: [f[0], f[1], f[1], *OK, "-o", t / "r.exr"], r"got .*b\.png twice"),
     "other size": (
         lambda f, t: [*f[:2], replaced(f[2], np.zeros((9, 9, 3), np.uint8)), *OK, "-o", t / "r.exr"],
@@ -246,12 +258,16 @@ REFUSALS = {
     "equal exposures": (lambda f, t: [*f, "--ev", 0, 2, 2, "-o", t / "r.exr"], r"must differ, got a\.png 0, b\.png 2"),
     "two exposures": (
         lambda f, t: [*f, "-o", t / "r.exr", "--ev", -2, 0],
-        r"--ev must be 3 exposures in stops, for example --ev -2 0 2, .*, got '-2 0'",
+        r"--ev must give 3 values, got 2: -2 0",
     ),
-    "four exposures": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "1,2,3,4"], r"for example .*, got '1,2,3,4'"),
-    "words": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "dark", 0, 2], r"for example .*, got 'dark 0 2'"),
+    "one exposure": (
+        lambda f, t: [*f, "-o", t / "r.exr", "--ev", "1"],
+        r"--ev must be 2 to 9 exposures in stops, for example --ev -2 0 2, .*, got '1'",
+    ),
+    "four exposures": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "1,2,3,4"], r"must give 3 values, got 4: 1 2 3 4"),
+    "words": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "dark", 0, 2], r"for example .*, got 'dark'"),
     "frames after ev": (lambda f, t: ["-o", t / "r.exr", "--ev", *f], r"for example .*, got '.*a\.png'"),
-    "infinite": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", 0, 2, "inf"], r"for example .*, got '0 2'"),
+    "infinite": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", 0, 2, "inf"], r"inf does not exist"),
     "odd fraction": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0 1/80 1/20"], r"1/80 is neither .*-1/3 0 1/3"),
     "no time": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0s 1s 4s"], r"times must be above 0, .*, got '0s 1s 4s'"),
     "exposure times": (lambda f, t: [*f, "--ev", 320, 80, 20, "-o", t / "r.exr"], r"are they exposure times"),

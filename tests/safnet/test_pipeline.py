@@ -84,8 +84,9 @@ def test_slow_arithmetic_is_warned_of(frames, model, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f, e: (f[:2], e), "frames must be three"),
-        (lambda f, e: ([f[0], f[1], f[2][..., 1:]], e), "frames must be three"),
+        (lambda f, e: (f[:1], e[:1]), "frames must be 2 to 9"),
+        (lambda f, e: (f[:2], e), "evs must be 2 finite numbers that ascend"),
+        (lambda f, e: ([f[0], f[1], f[2][..., 1:]], e), "frames must be 2 to 9"),
         (lambda f, e: (f, e[::-1]), "evs must be three finite numbers that ascend"),
         (
             lambda f, e: ([f[0], f[1].double(), f[2]], e),

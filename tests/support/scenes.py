@@ -129,18 +129,27 @@ def skyline(x, y, height=320):
 
 
 def handheld(
-    shift=(0.0, 0.0), roll=0.0, height=320, width=480, scale=1, noise=0.0, levels=2**16 - 1, light=(1.0, 1.0, 1.0)
+    shift=(0.0, 0.0),
+    roll=0.0,
+    height=320,
+    width=480,
+    scale=1,
+    noise=0.0,
+    levels=2**16 - 1,
+    light=(1.0, 1.0, 1.0),
+    evs=EVS,
 ):
-    """What a camera makes of `skyline` under a light, if it shifts (pixels) and rolls (degrees) from each frame to the next.
+    """What a camera makes of `skyline` under a light, if it shifts (pixels) and rolls (degrees) with every two stops.
 
-    Returns frames (1, 3, H, W) with EVS, the reference's radiance (1, 3, H, W), and the flow (2, H, W) from it to short.
+    Returns frames (1, 3, H, W), the radiance (1, 3, H, W) that the one of EV 0 sees, and the flow (2, H, W) from it to EV -2.
     """
     random = np.random.default_rng(13)
     y, x = np.mgrid[0 : height * scale, 0 : width * scale]
     x, y = (x + 0.5) / scale - 0.5, (y + 0.5) / scale - 0.5  # in pixels of scale 1
     middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
     frames, truth = [], None
-    for way, ratio in zip((-1, 0, 1), (1, 4, 16), strict=True):
+    for ev in evs:
+        way, ratio = ev / 2, 2 ** (ev - evs[0])
         angle = np.deg2rad(way * roll)
         along, down = x - middle_x + way * shift[0], y - middle_y + way * shift[1]
         turned_x = np.cos(angle) * along - np.sin(angle) * down + middle_x
