@@ -21,7 +21,8 @@ from safnet.model import Alignment, Fusion, SAFNet
 from safnet.radiance import INTEGER_SCALES, Frame, StoredFrame, exposure_input, exposure_ratios, ldr_values
 from safnet.series import Three, best_exposed, merge_, threes
 
-TILE = 448  # pixels a side: larger ones waste less on margins, smaller ones need less memory
+TILE = 448  # pixels a side on a CPU: larger ones waste less on margins, smaller ones stay in memory that is used again
+GPU_TILE = 2048  # elsewhere, where every tile costs launches
 NO_SURPRISE = 0.05  # stops between given and measured exposures that do not change an alignment
 SAMPLES, SAMPLE = 4, 160  # places along each side where noise is measured, and their pixels
 
@@ -85,7 +86,7 @@ def fuse_exposures(
             frame at half size, which makes the result, unless measuring, that of the model's forward to 1e-4.
         global_motion: of alignment "frame": look for the motion of the whole camera first.
         keep_fusion: keep the explicit fusion, flows and masks in the result, which take three times its memory.
-        tile: side of tiles in pixels; 0 for the whole frame, None for TILE.
+        tile: side of tiles in pixels; 0 for the whole frame, None for `default_tile`.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
         progress: called after each step.
 
@@ -134,7 +135,8 @@ def _fuse_three(
     advice = advise(bracket, aligned, found, evs, _names(three, count)) if bracket is not None and measure else ()
     noise = _measure_noise(model, frames, found, aligned.alignment) if bracket is not None else None
     progress("aligning", 1, 1)
-    tile = TILE if tile is None else tile
+    if tile is None:
+        tile = default_tile(next(model.parameters()).device)
     tiles = [(rows, columns) for rows in _spans(height, tile or height) for columns in _spans(width, tile or width)]
     # Channels innermost, as pictures are written.
     radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)
@@ -148,6 +150,10 @@ def _fuse_three(
                 whole[..., rows, columns] = piece
         progress("refining", number, len(tiles))
     return Result(radiance, fusion, found.evs, found.curve, evs, aligned.covered, advice, three.numbers[1])
+
+
+def default_tile(device: torch.device) -> int:
+    return TILE if device.type == "cpu" else GPU_TILE
 
 
 def _names(three: Three, count: int) -> tuple[str | None, ...]:

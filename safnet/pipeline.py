@@ -11,7 +11,7 @@ import torch
 from safnet.choices import ColourSpace, Depth, Look, ToneMap
 from safnet.colour import REC709, SPACES, Space, conversion, convert_, parse_curve
 from safnet.exposures import Bracket, open_bracket
-from safnet.fuse import TILE, Progress, Result, fuse_exposures
+from safnet.fuse import TILE, Progress, Result, default_tile, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
@@ -124,7 +124,7 @@ def fuse_files(
     progress("reading", 1, 1)
     height, width = pictures[1].shape[2:]
     bytes_a_number, inspected = pictures[1].dtype.itemsize, inspect is not None
-    side = TILE if tile is None else tile
+    side = default_tile(next(network.parameters()).device) if tile is None else tile
     need = needed_memory(height, width, len(pictures), bytes_a_number, network.variant, side, inspected)
     if memory is not None and need > memory:
         raise MemoryError(
