@@ -182,19 +182,25 @@ def _taken(header: Header) -> datetime | None:
 
 
 def _by_exposures(files: tuple[Path, ...], folder: Path) -> Series:
-    """A series with the frames to fuse: all, or where these are too many the darkest, the middle and the brightest."""
+    """A series with the frames to fuse: all, or where these are too many or too close the darkest, middle and brightest."""
     if len(files) < FRAMES:
         return Series(files, reason=f"{len(files)} {'frame' if len(files) == 1 else 'frames'}")
     exposed, unreadable = _exposed(files)
     if unreadable:
         return Series(files, reason=unreadable[0].reason)
     exposed.sort(key=lambda pair: pair[1])
-    chosen = exposed if len(exposed) <= MOST_FRAMES else [exposed[0], exposed[len(exposed) // 2], exposed[-1]]
-    if min(high[1] - low[1] for low, high in pairwise(chosen)) < SMALLEST_STEP:
+    chosen = exposed
+    if len(exposed) > MOST_FRAMES or _smallest_step(exposed) < SMALLEST_STEP:
+        chosen = [exposed[0], exposed[len(exposed) // 2], exposed[-1]]
+    if _smallest_step(chosen) < SMALLEST_STEP:
         return Series(
             files, reason=f"exposures less than {SMALLEST_STEP} EV apart: {format_evs([ev for _, ev in chosen])}"
         )
     return Series(files, tuple(header.path for header, _ in chosen))
+
+
+def _smallest_step(exposed: Sequence[tuple[Header, float]]) -> float:
+    return min(high[1] - low[1] for low, high in pairwise(exposed))
 
 
 # ---- the work --------------------------------------------------------------------------------------------------------

@@ -12,4 +12,6 @@ Model = Annotated[str, typer.Option(help="safnet, safnet-s, or a .safetensors or
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 Precision = Annotated[choices.Precision, typer.Option(help="Arithmetic of the convolutions.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
-Tile = Annotated[int | None, typer.Option(min=0, help="Tile side in pixels, 0 for none.", show_default="448 on a CPU, else 2048")]
+Tile = Annotated[
+    int | None, typer.Option(min=0, help="Tile side in pixels, 0 for none.", show_default="448 on a CPU, else 2048")
+]

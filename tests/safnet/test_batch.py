@@ -102,6 +102,12 @@ def test_long_exposures_are_no_rest(tmp_path):
     assert [numbers(one.chosen) for one in find_series(tmp_path)] == [[1, 0, 2]]
 
 
+def test_of_small_steps_the_ends_and_the_middle_are_taken(tmp_path):
+    for number in range(5):
+        shoot(tmp_path, number, number, 2.0 ** (number / 2 - 6))
+    assert [numbers(one.chosen) for one in find_series(tmp_path)] == [[0, 2, 4]]
+
+
 def test_without_exif(tmp_path):
     for name in "abcdef":
         save_frame(tmp_path / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
