@@ -36,7 +36,7 @@ OPERATORS_HEAD = """\
 
 Milliseconds, and in brackets the ratio to the C++ kernel's time. *of FMA* and *of copy* are the shares of the two peaks above
 that the C++ kernel reaches, where a multiply-add counts as two operations, and inputs and results as read or written once
-(it may move more). Counted are the multiply-adds of the definition; Winograd's method does 2.25 times fewer, so that a
+(it may move more). Counted are the multiply-adds of the definition; Winograd's method does up to four times fewer, so a
 convolution may pass 100 %.
 
 | operator | | C++ | reference | stock | extra MB: C++ / reference / stock | of FMA | of copy |

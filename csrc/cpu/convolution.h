@@ -257,8 +257,8 @@ class ByDefinition {
   int64_t rows() const { return grid_.tile_rows; }
   int64_t columns() const { return round_up(grid_.tile_columns, kLanes<R>); }
 
-  // `weights`: [block of output channels][input channel][tap][in block].
-  void convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
+  // `weights`: [block of output channels][input channel][tap][in block]. Returns that the results stand.
+  bool convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
                 Sums<R> sums) const {
     pack_tile(input, grid_, tile_, place, first, channels_in_, packed_.data());
     const int64_t part = channels_at_once(channels_in_);
@@ -284,6 +284,7 @@ class ByDefinition {
         }
       }
     }
+    return true;
   }
 
  private:

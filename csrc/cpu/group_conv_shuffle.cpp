@@ -9,6 +9,7 @@
 #include "cpu/kernel.h"
 #include "cpu/weight_gradient.h"
 #include "cpu/winograd.h"
+#include "cpu/winograd_4x4.h"
 #include "math/gradients.h"
 
 namespace safnet {
@@ -24,7 +25,7 @@ struct ConvolutionArguments {
   int64_t channels_in, channels_out;
   bool transposed;                   // exchange the weight's two channel dimensions
   bool shuffled;                     // write output channels in shuffled order
-  bool winograd;                     // instead of by definition
+  int square;                        // side of the outputs made at once by Winograd's method; 1: by definition
   int64_t out_stride, out_y, out_x;  // grid position (y, x) is written to out_stride * (y, x) + (out_y, out_x)
 };
 
@@ -60,33 +61,37 @@ SAFNET_INLINE R weight_at(const ConvolutionArguments& a, int64_t group, int64_t 
 }
 
 // [group][place][block of output channels][input channel][in block], for input channels [begin, end) of every group.
-template <class R>
+template <int Places, class R>
 void pack_winograd_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<double>;
+  const int64_t place_pitch = a.channels_out * a.channels_in;
+  int64_t weight_of[3][3];  // that meets the input this far down and right of the output
+  for (int t = 0; t < a.grid.taps; ++t)
+    weight_of[a.grid.tap[t].dy / a.grid.row_step + 1][a.grid.tap[t].dx / a.grid.row_step + 1] = a.grid.tap[t].weight;
   for (int64_t g = 0; g < a.groups; ++g)
     for (int64_t o = 0, block; o < a.channels_out; o += block) {
       block = block_channels(a.channels_out - o);
       for (int64_t c = begin; c < end; ++c)
-        for (int64_t m = 0; m < block; ++m) {
-          double weights[3][3], places[kPlaces];
-          for (int64_t t = 0; t < a.grid.taps; ++t) {
-            const Tap& tap = a.grid.tap[t];
-            weights[tap.dy / a.grid.row_step + 1][tap.dx / a.grid.row_step + 1] =
-                static_cast<double>(weight_at<R>(a, g, o + m, c, tap.weight));
+        for (int64_t m = 0; m < block; m += L) {
+          const int lanes = static_cast<int>(smaller(L, block - m));
+          Vector<double> weights[3][3], places[Places];
+          for (int t = 0; t < 9; ++t) {
+            double values[L] = {};
+            for (int lane = 0; lane < lanes; ++lane)
+              values[lane] = static_cast<double>(weight_at<R>(a, g, o + m + lane, c, weight_of[t / 3][t % 3]));
+            weights[t / 3][t % 3] = vector_at(values);
           }
           transform_weights(weights, places);
-          R* to = static_cast<R*>(a.packed) + (g * kPlaces * a.channels_out + o) * a.channels_in + c * block + m;
-          for (int place = 0; place < kPlaces; ++place)
-            to[place * a.channels_out * a.channels_in] = static_cast<R>(places[place]);
+          R* to = static_cast<R*>(a.packed) + g * Places * place_pitch + o * a.channels_in + c * block + m;
+          for (int place = 0; place < Places; ++place, to += place_pitch)
+            for (int lane = 0; lane < lanes; ++lane) to[lane] = static_cast<R>(places[place][lane]);
         }
     }
 }
 
-// Packs the weights of input channels [begin, end) of every group: [group][block of output channels][channel][tap][in
-// block].
+// By definition: [group][block of output channels][channel][tap][in block].
 template <class R>
-void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  if (a.winograd) return pack_winograd_weights<R>(a, begin, end);
-  R* packed = static_cast<R*>(a.packed);
+void pack_plain_weights(const ConvolutionArguments& a, int64_t begin, int64_t end, R* packed) {
   const int64_t taps = a.grid.taps;
   for (int64_t g = 0; g < a.groups; ++g)
     for (int64_t o = 0, block; o < a.channels_out; o += block) {
@@ -97,6 +102,14 @@ void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
           for (int64_t m = 0; m < block; ++m) to[t * block + m] = weight_at<R>(a, g, o + m, c, a.grid.tap[t].weight);
       }
     }
+}
+
+// Packs the weights of input channels [begin, end) of every group in the order in which the method reads them.
+template <class R>
+void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  if (a.square == 4) pack_winograd_weights<kPlaces4x4, R>(a, begin, end);
+  else if (a.square == 2) pack_winograd_weights<kPlaces, R>(a, begin, end);
+  else pack_plain_weights<R>(a, begin, end, static_cast<R*>(a.packed));
 }
 
 // Memory of one thread for the sums of one tile, and for what is stored from them.
@@ -143,6 +156,36 @@ void finish_tile(const ConvolutionArguments& a, const Place& place, const Worksp
   }
 }
 
+// What makes a tile by definition again where Winograd's method met numbers that are not finite. It is made when it is
+// first needed, which is seldom.
+template <class R>
+class Remedy {
+ public:
+  explicit Remedy(const ConvolutionArguments& a) : a_(a) {}
+  ~Remedy() { delete made_; }
+  Remedy(const Remedy&) = delete;
+  Remedy& operator=(const Remedy&) = delete;
+
+  void convolve(const Place& place, int64_t group, const R* bias, Sums<R> sums) {
+    if (made_ == nullptr) made_ = new Made(a_);
+    const int64_t weights = group * a_.channels_out * a_.channels_in * a_.grid.taps;
+    made_->method.convolve(a_.input, place, group * a_.channels_in, made_->weights.data() + weights, bias, sums);
+  }
+
+ private:
+  struct Made {
+    explicit Made(const ConvolutionArguments& a)
+        : method(a.grid, a.channels_in, a.channels_out),
+          weights(a.groups * a.channels_out * a.channels_in * a.grid.taps) {
+      pack_plain_weights<R>(a, 0, a.channels_in, weights.data());
+    }
+    ByDefinition<R> method;
+    Scratch<R> weights;
+  };
+  const ConvolutionArguments& a_;
+  Made* made_ = nullptr;
+};
+
 template <class R, class Method>
 void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t begin, int64_t end) {
   const Method method(a.grid, a.channels_in, a.channels_out);
@@ -156,6 +199,7 @@ void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t 
   for (int64_t c = 0; c < all_channels; ++c)
     bias.data()[c] = a.bias == nullptr ? R(0) : element<R>(a.bias, c * a.bias_stride, a.out.type);
   Workspace<R> work{{sums.data(), method.rows() * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
+  Remedy<R> remedy(a);
   for (int64_t index = begin; index < end; ++index) {
     const Place place = place_of(a.grid, index);
     if (place.rows <= 0) continue;
@@ -163,16 +207,23 @@ void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t 
       const R* weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * weights_a_pair;
       Sums<R> part = work.sums;
       if (together) part.data += g * a.channels_out * part.channel;
-      method.convolve(a.input, place, g * a.channels_in, weights, bias.data() + g * a.channels_out, part);
+      if (!method.convolve(a.input, place, g * a.channels_in, weights, bias.data() + g * a.channels_out, part))
+        remedy.convolve(place, g, bias.data() + g * a.channels_out, part);
       if (!together) finish_tile(a, place, work, g * a.channels_out, a.channels_out);
     }
     if (together) finish_tile(a, place, work, 0, all_channels);
   }
 }
 
+void convolve_by_4x4(const ConvolutionArguments& a, float, int64_t begin, int64_t end) {
+  convolve_by<float, ByWinograd4x4>(a, kPlaces4x4, begin, end);
+}
+void convolve_by_4x4(const ConvolutionArguments&, double, int64_t, int64_t) {}  // not for double
+
 template <class R>
 void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  if (a.winograd) convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
+  if (a.square == 4) convolve_by_4x4(a, R(), begin, end);
+  else if (a.square == 2) convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
   else convolve_by<R, ByDefinition<R>>(a, a.grid.taps, begin, end);
 }
 
@@ -262,7 +313,7 @@ int64_t tile_count(const TapGrid& grid, int64_t pictures) {
 // for the third level, and adds up its lanes once a tile: larger tiles are faster.
 constexpr int64_t kConvolvedBytes = 288 << 10, kCorrelatedBytes = 768 << 10;
 // Of a tile's transformed input and products.
-constexpr int64_t kWinogradBytes = 288 << 10;
+constexpr int64_t kWinogradBytes = 288 << 10, kWinograd4x4Bytes = 1200 << 10;
 
 // Limits a tile's rows, which its memory suggests, to a multiple of `unit` that occupies several threads and divides
 // the picture evenly.
@@ -292,7 +343,7 @@ void cut_into_tiles(TapGrid& grid, int64_t pictures, int64_t channels_in, int64_
   cut_rows(grid, pictures, 1);
 }
 
-// The same for Winograd's method, in whole 2x2 outputs. `channels`: of input and output together.
+// The same for Winograd's method by F(2x2, 3x3), in whole squares. `channels`: of input and output together.
 void cut_into_winograd_tiles(TapGrid& grid, int64_t pictures, int64_t channels, Type type) {
   constexpr int64_t kWidest = 48;
   const int64_t positions = kWinogradBytes / (type == Type::kFloat64 ? 8 : 4) / (kPlaces * channels);
@@ -300,6 +351,33 @@ void cut_into_winograd_tiles(TapGrid& grid, int64_t pictures, int64_t channels, 
   grid.tile_columns = divide_up(divide_up(grid.width, grid.column_tiles), 2 * grid.row_step) * 2 * grid.row_step;
   grid.tile_rows = 2 * positions / (grid.tile_columns / 2);
   cut_rows(grid, pictures, 2);
+}
+
+// By F(4x4, 3x3): so many squares that transformed inputs and products fit the cache, in the shape that leaves the
+// fewest lanes of vectors unused.
+void cut_into_winograd_4x4_tiles(TapGrid& grid, int64_t channels_in, int64_t channels_out) {
+  constexpr int64_t kVector = 16;    // numbers, of the widest instruction set
+  constexpr int64_t kShortest = 12;  // squares in a row, unless the picture is as narrow: rows overlap at their ends
+  const int64_t channels = channels_in + std::min(channels_out, kChannelsAtOnce);
+  const int64_t fitting = kWinograd4x4Bytes / 4 / (kPlaces4x4 * channels);
+  const int64_t most = std::clamp<int64_t>(fitting / kVector, 1, 3) * kVector;
+  const int64_t unit = 4 * grid.row_step, squares_down = divide_up(divide_up(grid.height, grid.row_step), 4);
+  TapGrid best = grid;
+  int64_t least = INT64_MAX;
+  for (int64_t column_tiles = 1;; ++column_tiles) {
+    const int64_t run = divide_up(divide_up(grid.width, column_tiles), unit) * grid.row_step;
+    if (column_tiles > 1 && run < kShortest) break;
+    for (int64_t rows = 1; rows <= std::min<int64_t>(kMostTileRows / 4, squares_down); ++rows) {
+      if (rows * run > most && rows * run > grid.row_step) break;
+      const int64_t row_tiles = divide_up(squares_down, rows), vectors = divide_up(rows * run, kVector);
+      const int64_t cost = column_tiles * row_tiles * (16 * vectors + 1);  // 1: to start a tile
+      if (cost >= least) continue;
+      least = cost;
+      best.column_tiles = column_tiles, best.tile_columns = 4 * run;
+      best.row_tiles = row_tiles, best.tile_rows = 4 * divide_up(squares_down, row_tiles);
+    }
+  }
+  grid = best;
 }
 
 // Adds a tap unless it reads outside the picture wherever the output lies.
@@ -323,23 +401,38 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
 
 // Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights
 // where the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole
-// vectors.
-bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_out) {
+// vectors. `least`: outputs of each phase of the dilation.
+bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_out, int64_t least) {
   const int64_t step = grid.row_step;
   return grid.in_stride == 1 && grid.taps == kMostTaps && (step == 1 || step == 2 || step == 4) &&
          channels_in * channels_out >= 4 * (channels_in + channels_out) &&
-         pictures * grid.height * grid.width >= 64 * step * step;
+         pictures * grid.height * grid.width >= least * step * step;
+}
+
+constexpr int64_t kLeastFor2x2 = 64, kLeastFor4x4 = 256;
+
+// Side of the squares of outputs that are made at once. Double is for those who want its precision: F(4x4, 3x3) loses
+// some of it.
+int square_of(const ConvolutionArguments& a) {
+  const auto serves = [&](int64_t least) {
+    return a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out, least);
+  };
+  if (a.input.type != Type::kFloat64 && serves(kLeastFor4x4)) return 4;
+  return serves(kLeastFor2x2) ? 2 : 1;
 }
 
 // Runs a convolution whose arguments are complete but for the tiles and the packed weights.
 void run(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
-  a.winograd = a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out);
-  if (a.winograd) cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
+  a.square = square_of(a);
+  if (a.square == 4) cut_into_winograd_4x4_tiles(a.grid, a.channels_in, a.channels_out);
+  else if (a.square == 2)
+    cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
   else
     cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
                    a.input.type, kConvolvedBytes);
-  const int64_t weights = a.groups * a.channels_out * a.channels_in * (a.winograd ? kPlaces : a.grid.taps);
+  const int64_t weights_a_pair = a.square == 1 ? a.grid.taps : (a.square + 2) * (a.square + 2);
+  const int64_t weights = a.groups * a.channels_out * a.channels_in * weights_a_pair;
   const Tensor packed = empty({weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   a.packed = packed.data_ptr();
   const auto split = [&](auto* kernel, int64_t count, int64_t grain) {
@@ -407,7 +500,7 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   a.groups = groups, a.channels_in = input.size[1] / groups, a.channels_out = grad.size[1] / groups;
   a.out = grad_weight.data_ptr();
   a.grid = forward_grid(input, grad, stride, dilation);
-  a.winograd = winograd_serves(a.grid, input.size[0], a.channels_in, a.channels_out);
+  a.winograd = winograd_serves(a.grid, input.size[0], a.channels_in, a.channels_out, kLeastFor2x2);
   if (a.winograd) cut_into_winograd_tiles(a.grid, input.size[0], a.channels_in + a.channels_out, a.input.type);
   else cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
   a.tiles = tile_count(a.grid, input.size[0]);

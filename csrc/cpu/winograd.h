@@ -4,7 +4,7 @@
 // Y = A'[(G g G') . (B' d B)]A for 4x4 inputs d, 3x3 weights g and 2x2 outputs Y (Lavin and Gray, "Fast Algorithms for
 // Convolutional Neural Networks", 2016, section 4.1). The products, summed over the channels, are one matrix product
 // for each of the 16 places, by register-blocked loops. An input enters the outputs that read it by definition and no
-// others, so that NaN stays where it belongs. With dilation, outputs `dilation` apart form the 2x2.
+// others, so that errors are as small as by definition. With dilation, outputs `dilation` apart form the 2x2.
 #pragma once
 
 #include "cpu/convolution.h"
@@ -84,8 +84,9 @@ void pack_winograd(const View& input, const WinogradTile& tile, const Place& pla
 }
 
 // to[4 * row + column] = G g G'.
-SAFNET_INLINE void transform_weights(const double (&g)[3][3], double (&to)[kPlaces]) {
-  double rows[4][3];
+template <class V>
+SAFNET_INLINE void transform_weights(const V (&g)[3][3], V (&to)[kPlaces]) {
+  V rows[4][3];
   for (int k = 0; k < 3; ++k) {
     rows[0][k] = g[0][k];
     rows[1][k] = (g[0][k] + g[1][k] + g[2][k]) / 2;
@@ -93,8 +94,8 @@ SAFNET_INLINE void transform_weights(const double (&g)[3][3], double (&to)[kPlac
     rows[3][k] = g[2][k];
   }
   for (int row = 0; row < 4; ++row) {
-    const double* r = rows[row];
-    double* out = to + 4 * row;
+    const V* r = rows[row];
+    V* out = to + 4 * row;
     out[0] = r[0], out[1] = (r[0] + r[1] + r[2]) / 2, out[2] = (r[0] - r[1] + r[2]) / 2, out[3] = r[2];
   }
 }
@@ -127,11 +128,20 @@ __attribute__((noinline)) void transform_input(const WinogradTile& tile, const R
       }
 }
 
-// sums = A' products A + bias: [channel][row][column].
+// Whether all lanes are zero. Sums of numbers times zero are, unless one of the numbers was not finite.
+template <class R>
+SAFNET_INLINE bool are_zero(const Vector<R>& values) {
+  bool zero = true;
+  for (int lane = 0; lane < kLanes<R>; ++lane) zero = zero && values[lane] == 0;
+  return zero;
+}
+
+// sums = A' products A + bias: [channel][row][column]. Returns whether all of them are finite.
 template <int D, class R>
-__attribute__((noinline)) void transform_output(const WinogradTile& tile, const R* products, const R* bias,
+__attribute__((noinline)) bool transform_output(const WinogradTile& tile, const R* products, const R* bias,
                                                 int64_t channels, Sums<R> sums) {
   const int64_t place = channels * tile.pitch;
+  Vector<R> zero_or_nan{};
   for (int64_t c = 0; c < channels; ++c, products += tile.pitch, sums.data += sums.channel)
     for (int64_t j = 0; j < tile.row_pairs; ++j)
       for (int64_t i = 0; i < tile.run; i += kLanes<R>) {
@@ -144,8 +154,8 @@ __attribute__((noinline)) void transform_output(const WinogradTile& tile, const 
         }
         for (int row = 0; row < 2; ++row) {
           const auto& r = rows[row];
-          const Vector<R> both = r[1] + bias[c];
-          const Vector<R> first = r[0] + both + r[2], second = both - r[2] - r[3];
+          const Vector<R> first = r[0] + r[1] + r[2] + bias[c], second = r[1] - r[2] - r[3] + bias[c];
+          zero_or_nan += first * R(0), zero_or_nan += second * R(0);
           R* to = sums.data + (2 * j + row) * sums.row + column_of<D>(i);
           for (int lane = 0; lane < kLanes<R>; ++lane) {
             to[column_of<D>(lane)] = first[lane];
@@ -153,6 +163,14 @@ __attribute__((noinline)) void transform_output(const WinogradTile& tile, const 
           }
         }
       }
+  return are_zero<R>(zero_or_nan);
+}
+
+// Zeros the positions from `first` on of every place and channel: those that no run reaches.
+template <class R>
+void clear_positions(R* values, int64_t channels, int64_t first, int64_t pitch) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = first; i < pitch; ++i) values[c * pitch + i] = 0;
 }
 
 // A block of output channels at one place: out[m][x] = sum over channels c of weights[c][m] * in[c][x].
@@ -203,13 +221,18 @@ class ByWinograd {
         rows_(channels_in * 2 * tile_.half),
         packed_(channels_in * tile_.channel_pitch),
         transformed_(kPlaces * channels_in * tile_.pitch),
-        products_(kPlaces * channels_out * tile_.pitch) {}
+        products_(kPlaces * channels_out * tile_.pitch) {
+    // Positions that no run reaches take part in products, and those without products in what is checked.
+    clear_positions(transformed_.data(), kPlaces * channels_in, tile_.row_pairs * tile_.run, tile_.pitch);
+    clear_positions(products_.data(), kPlaces * channels_out, tile_.count, tile_.pitch);
+  }
 
   int64_t rows() const { return 2 * tile_.row_pairs; }
   int64_t columns() const { return tile_.columns; }
 
-  // `weights`: [place][block of output channels][input channel][in block].
-  void convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
+  // `weights`: [place][block of output channels][input channel][in block]. Returns whether the results stand: not where
+  // one is not finite.
+  bool convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
                 Sums<R> sums) const {
     switch (tile_.dilation) {
       case 1: return convolve_dilated<1>(input, place, first, weights, bias, sums);
@@ -220,12 +243,12 @@ class ByWinograd {
 
  private:
   template <int D>
-  void convolve_dilated(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
+  bool convolve_dilated(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
                         Sums<R> sums) const {
     pack_winograd<D>(input, tile_, place, first, channels_in_, rows_.data(), packed_.data());
     transform_input<D>(tile_, packed_.data(), channels_in_, transformed_.data());
     multiply_places(weights);
-    transform_output<D>(tile_, products_.data(), bias, channels_out_, sums);
+    return transform_output<D>(tile_, products_.data(), bias, channels_out_, sums);
   }
 
   void multiply_places(const R* weights) const {

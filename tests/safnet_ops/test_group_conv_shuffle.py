@@ -93,21 +93,39 @@ def test_matches_reference_in_any_geometry(dtype, layout, geometry, poisoned):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("geometry", WINOGRAD, ids=str)
 def test_winograd_matches_reference(dtype, layout, geometry, poisoned):
-    """Sizes below 2x2 outputs, of odd sides, and of several tiles each way."""
-    for size in ((17, 110), (70, 1), (5, 49)):
+    """Sizes below 2x2 and 4x4 outputs, of odd sides, and of several tiles each way."""
+    for size in ((17, 110), (70, 1), (5, 49), (67, 203)):
         input, weight, bias, prelu_weight, residual = make(size, 1, geometry, dtype)
         tensors = layout(input), layout(weight), bias, prelu_weight, layout(residual)
         check(tensors, geometry)
 
 
-@pytest.mark.parametrize("dilation", [1, 2, 4])
-def test_winograd_is_as_exact_as_the_definition(dilation):
-    """Against float64, relative to what the sums' terms add up to: radiance of very different size meets in a sum."""
-    input, weight = torch.randn(1, 40, 50, 60) * torch.logspace(-3, 3, 60), torch.randn(40, 40, 3, 3)
+def error_of_sums(height, width, dilation, reach):
+    """Largest error against float64, in float32's unit of rounding of what the terms of a sum add up to: of the largest of
+    the sums up to `reach` times the dilation away. Radiance of very different size meets in a sum."""
+    input, weight = torch.randn(1, 40, height, width) * torch.logspace(-3, 3, width), torch.randn(40, 40, 3, 3)
     out = safnet_ops.group_conv_shuffle(input, weight, dilation=dilation).double()
     exact = reference.group_conv_shuffle(input.double(), weight.double(), dilation=dilation)
-    scale = reference.group_conv_shuffle(input.double().abs(), weight.double().abs(), dilation=dilation)
-    assert ((out - exact).abs() / scale).max() < 4 * torch.finfo(torch.float32).eps
+    terms = reference.group_conv_shuffle(input.double().abs(), weight.double().abs(), dilation=dilation)
+    radius = reach * dilation
+    around = torch.nn.functional.max_pool2d(terms, 2 * radius + 1, 1, radius)
+    return ((out - exact).abs() / around).max() / torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+def test_winograd_is_as_exact_as_the_definition(dilation):
+    """F(2x2, 3x3), which serves smaller pictures."""
+    assert error_of_sums(15 * dilation, 16 * dilation, dilation, reach=0) < 4
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+def test_error_of_larger_squares(dilation):
+    """F(4x4, 3x3): an output's error is that of the 4x4 it is made with."""
+    assert error_of_sums(64, 90, dilation, reach=3) < 8
+    input, weight = torch.randn(1, 80, 64, 90), torch.randn(80, 80, 3, 3)
+    out = safnet_ops.group_conv_shuffle(input, weight, dilation=dilation).double()
+    exact = reference.group_conv_shuffle(input.double(), weight.double(), dilation=dilation)
+    assert (out - exact).square().mean().sqrt() < 1.1e-6 * exact.std()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,24 +193,42 @@ def test_empty_batch(layout):
     assert all(not value.grad.any() and value.grad.shape == value.shape for value in tensors)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("geometry", [(3, 12, 24, 1, 1), (3, 24, 24, 1, 1), (3, 24, 24, 1, 2)], ids=str)
-def test_nan_and_infinity_stay_where_they_belong(value, layout, geometry):
-    """A pixel reaches 3x3 outputs and no others, in every column: the last share vectors with what is not there."""
-    dilation = geometry[-1]
+@pytest.mark.parametrize(
+    "geometry", [(3, 12, 24, 1, 1), (3, 24, 24, 1, 1), (3, 24, 24, 1, 2), (3, 24, 24, 1, 4)], ids=str
+)
+@pytest.mark.parametrize("height", [5, 37])
+def test_nan_and_infinity_stay_where_they_belong(value, layout, geometry, height):
+    """A pixel reaches 3x3 outputs and no others, in every column: the last share vectors with what is not there.
+
+    An infinite one, and one that a sum overflows with, makes them infinite and not NaN.
+    """
+    dilation, middle = geometry[-1], height // 2
     for x in range(45, 53):
-        input, weight, bias, prelu_weight, residual = make((5, 53), 1, geometry)
-        input[0, 0, 2, x] = value
-        weight, prelu_weight = weight.abs() + 1, prelu_weight + 0.1
+        input, weight, bias, prelu_weight, residual = make((height, 53), 1, geometry)
+        input[0, 0, middle, x] = value
+        weight, prelu_weight = weight.abs() + 2, prelu_weight + 0.1
         out = bound(safnet_ops.group_conv_shuffle, geometry)(layout(input), weight, bias, prelu_weight, residual)
-        reached = torch.zeros(5, 53, dtype=torch.bool)
-        columns = [column for column in (x - dilation, x, x + dilation) if column < 53]
-        for row in (2 - dilation, 2, 2 + dilation):
-            reached[row, columns] = True
+        reached = torch.zeros(height, 53, dtype=torch.bool)
+        for row in (middle - dilation, middle, middle + dilation):
+            for column in (x - dilation, x, x + dilation):
+                if 0 <= row < height and column < 53:
+                    reached[row, column] = True
         assert torch.equal(~out[0].isfinite().all(0), reached)
+        assert torch.equal(out[0].isnan().any(0), reached & torch.tensor(value != value))
         assert out[0, 1::3].isfinite().all()  # of the other groups
         assert out[0, 2::3].isfinite().all()
+
+
+def test_tiles_that_are_not_finite_are_made_by_definition():
+    """All of a tile, with the weights of its group, whatever else is computed with it."""
+    geometry = (2, 40, 48, 1, 1)
+    input, weight, bias, prelu_weight, residual = make((70, 210), 2, geometry)
+    input[1, 3, 40, 100] = torch.nan
+    check((input, weight, bias, prelu_weight, residual), geometry)
+    weight[7, 2, 1, 1] = torch.inf
+    check((input, weight, bias, prelu_weight, residual), geometry, (False,) * 5)
 
 
 def test_infinity_beside_the_last_column_spoils_no_weight_gradient():
@@ -296,7 +332,9 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("geometry", [(3, 12, 24, 1, 1), (3, 12, 24, 2, 1), (3, 24, 24, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "geometry", [(3, 12, 24, 1, 1), (3, 12, 24, 2, 1), (3, 24, 24, 1, 1), (1, 24, 80, 1, 2)], ids=str
+)
 def test_deterministic_over_runs_and_threads(layout, geometry):
     sizes = [value.shape for value in make((150, 160), geometry=geometry)]
     tensors = [torch.randn(size) for size in sizes]
