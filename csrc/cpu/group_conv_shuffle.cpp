@@ -50,14 +50,15 @@ SAFNET_DECLARE(conv_reduce_weight_gradient, const WeightGradientArguments&, int6
 namespace safnet::SAFNET_ISA {
 namespace {
 
-// Element of the 3x3 weights between output channel o and input channel c of a group.
-template <class R>
-SAFNET_INLINE R weight_at(const ConvolutionArguments& a, int64_t group, int64_t o, int64_t c, int64_t at) {
-  const View& w = a.weight;
+// Where the 3x3 weights between output channel o and input channel c of a group begin.
+SAFNET_INLINE int64_t weights_between(const ConvolutionArguments& a, int64_t group, int64_t o, int64_t c) {
   const int64_t first = a.transposed ? group * a.channels_in + c : group * a.channels_out + o;
-  const int64_t second = a.transposed ? o : c;
-  return element<R>(w.data, first * w.stride[0] + second * w.stride[1] + at / 3 * w.stride[2] + at % 3 * w.stride[3],
-                    w.type);
+  return first * a.weight.stride[0] + (a.transposed ? o : c) * a.weight.stride[1];
+}
+
+// Where one of 3x3 weights lies among them.
+SAFNET_INLINE int64_t weight_offset(const ConvolutionArguments& a, int64_t at) {
+  return at / 3 * a.weight.stride[2] + at % 3 * a.weight.stride[3];
 }
 
 // [group][place][block of output channels][input channel][in block], for input channels [begin, end) of every group.
@@ -65,22 +66,25 @@ template <int Places, class R>
 void pack_winograd_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
   constexpr int L = kLanes<double>;
   const int64_t place_pitch = a.channels_out * a.channels_in;
-  int64_t weight_of[3][3];  // that meets the input this far down and right of the output
-  for (int t = 0; t < a.grid.taps; ++t)
-    weight_of[a.grid.tap[t].dy / a.grid.row_step + 1][a.grid.tap[t].dx / a.grid.row_step + 1] = a.grid.tap[t].weight;
+  int64_t offset[9];  // of the weight that meets the input this far down and right of the output
+  for (int t = 0; t < a.grid.taps; ++t) {
+    const Tap& tap = a.grid.tap[t];
+    offset[(tap.dy / a.grid.row_step + 1) * 3 + tap.dx / a.grid.row_step + 1] = weight_offset(a, tap.weight);
+  }
+  const int64_t next = weights_between(a, 0, 1, 0);  // of the next output channel
   for (int64_t g = 0; g < a.groups; ++g)
     for (int64_t o = 0, block; o < a.channels_out; o += block) {
       block = block_channels(a.channels_out - o);
       for (int64_t c = begin; c < end; ++c)
         for (int64_t m = 0; m < block; m += L) {
           const int lanes = static_cast<int>(smaller(L, block - m));
-          Vector<double> weights[3][3], places[Places];
-          for (int t = 0; t < 9; ++t) {
-            double values[L] = {};
+          const int64_t from = weights_between(a, g, o + m, c);
+          double values[9][L] = {};  // all are written before they are read as vectors, which waits for the last
+          for (int t = 0; t < 9; ++t)
             for (int lane = 0; lane < lanes; ++lane)
-              values[lane] = static_cast<double>(weight_at<R>(a, g, o + m + lane, c, weight_of[t / 3][t % 3]));
-            weights[t / 3][t % 3] = vector_at(values);
-          }
+              values[t][lane] = element<R>(a.weight.data, from + offset[t] + lane * next, a.weight.type);
+          Vector<double> weights[3][3], places[Places];
+          for (int t = 0; t < 9; ++t) weights[t / 3][t % 3] = vector_at(values[t]);
           transform_weights(weights, places);
           R* to = static_cast<R*>(a.packed) + g * Places * place_pitch + o * a.channels_in + c * block + m;
           for (int place = 0; place < Places; ++place, to += place_pitch)
@@ -99,7 +103,9 @@ void pack_plain_weights(const ConvolutionArguments& a, int64_t begin, int64_t en
       for (int64_t c = begin; c < end; ++c) {
         R* to = packed + ((g * a.channels_out + o) * a.channels_in + c * block) * taps;
         for (int64_t t = 0; t < taps; ++t)
-          for (int64_t m = 0; m < block; ++m) to[t * block + m] = weight_at<R>(a, g, o + m, c, a.grid.tap[t].weight);
+          for (int64_t m = 0; m < block; ++m)
+            to[t * block + m] = element<R>(
+                a.weight.data, weights_between(a, g, o + m, c) + weight_offset(a, a.grid.tap[t].weight), a.weight.type);
       }
     }
 }
@@ -360,7 +366,7 @@ void cut_into_winograd_4x4_tiles(TapGrid& grid, int64_t channels_in, int64_t cha
   constexpr int64_t kShortest = 12;  // squares in a row, unless the picture is as narrow: rows overlap at their ends
   const int64_t channels = channels_in + std::min(channels_out, kChannelsAtOnce);
   const int64_t fitting = kWinograd4x4Bytes / 4 / (kPlaces4x4 * channels);
-  const int64_t most = std::clamp<int64_t>(fitting / kVector, 1, 3) * kVector;
+  const int64_t most = std::clamp<int64_t>(fitting / kVector, 1, 8) * kVector;
   const int64_t unit = 4 * grid.row_step, squares_down = divide_up(divide_up(grid.height, grid.row_step), 4);
   TapGrid best = grid;
   int64_t least = INT64_MAX;
@@ -370,7 +376,12 @@ void cut_into_winograd_4x4_tiles(TapGrid& grid, int64_t channels_in, int64_t cha
     for (int64_t rows = 1; rows <= std::min<int64_t>(kMostTileRows / 4, squares_down); ++rows) {
       if (rows * run > most && rows * run > grid.row_step) break;
       const int64_t row_tiles = divide_up(squares_down, rows), vectors = divide_up(rows * run, kVector);
-      const int64_t cost = column_tiles * row_tiles * (16 * vectors + 1);  // 1: to start a tile
+      // As measured: two parts of a vector's time are products, which pass over the ends of rows and are slower in
+      // large tiles; one is transformations, slower where rows begin in the middle of a line of cache; and each row
+      // takes some.
+      const int64_t multiplied = vectors * (vectors <= 4 ? 8 : 10);
+      const int64_t transformed = divide_up(run, kVector) * (rows == 1 || run % kVector == 0 ? 4 : 7) + 5;
+      const int64_t cost = column_tiles * row_tiles * (multiplied + rows * transformed + 1);
       if (cost >= least) continue;
       least = cost;
       best.column_tiles = column_tiles, best.tile_columns = 4 * run;
