@@ -22,6 +22,7 @@ FEATURES = 40  # channels of every encoder level
 DECODER_CHANNELS = 120
 DECODER_GROUPS = 3
 SIZE_MULTIPLE = 2**LEVELS  # the network's input sides are rounded up to this
+SIMPLE_FRACTION = 1024  # up to this denominator a scale factor is taken as the fraction it is, such as 1/2
 FLOW_SCALE = 20.0  # flows enter the refine module in units of 20 pixels
 
 
@@ -348,12 +349,19 @@ def network_size(height: int, width: int, scale_factor: float) -> tuple[int, int
     """Sides at which flow and mask are estimated."""
     if not scale_factor > 0:
         raise ValueError(f"SAFNet: scale_factor must be positive, got {scale_factor}")
-    return _round_up(height * scale_factor), _round_up(width * scale_factor)
+    return _round_up(height, scale_factor), _round_up(width, scale_factor)
 
 
-def _round_up(side: float) -> int:
-    # In forms that stay formulas of the side where a program for any size is traced.
-    return torch.sym_max(1, math.ceil(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE
+def _round_up(side: int, scale_factor: float) -> int:
+    numerator, denominator = float(scale_factor).as_integer_ratio()
+    if denominator <= SIMPLE_FRACTION:
+        # Of integers alone, which stays a formula of the side where a program for any size is traced, and can be saved with it;
+        # of positive ones, as ONNX's division truncates.
+        divisor = denominator * SIZE_MULTIPLE
+        steps = (side * numerator + divisor - 1) // divisor
+    else:
+        steps = math.ceil(side * scale_factor / SIZE_MULTIPLE)
+    return torch.sym_max(1, steps) * SIZE_MULTIPLE
 
 
 def _resize(exposure: Tensor, size: tuple[int, int]) -> Tensor:

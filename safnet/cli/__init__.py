@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import safnet
-from safnet.cli import batch, evaluate, fit_refine, fuse, info, synthesize, train
+from safnet.cli import batch, evaluate, export, fit_refine, fuse, info, synthesize, train
 from safnet.cli.terminal import BAD_INPUT, OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
@@ -19,6 +19,7 @@ app.command()(evaluate.evaluate)
 app.command()(synthesize.synthesize)
 app.command()(train.train)
 app.command("fit-refine")(fit_refine.fit_refine)
+app.command()(export.export)
 app.command()(info.info)
 
 
