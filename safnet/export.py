@@ -128,7 +128,7 @@ def _write_openvino(content: bytes, path: Path) -> None:
         "OpenVINO computes in bfloat16 by itself on CPUs that have it, and flows go astray: "
         'compile with {"INFERENCE_PRECISION_HINT": "f32"}',
         ExportWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

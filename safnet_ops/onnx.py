@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 try:
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 except ImportError as error:
     raise ImportError("safnet_ops.onnx needs onnx and onnxscript: pip install 'safnet-ops[export]'") from error
 
 from safnet_ops.reference import FUSION_EPSILON
 
+op: Any = opset18  # whose types know neither lists nor values of unknown type
 OPSET = 18  # that of PyTorch's own translations
 FLOAT, BOOL, DOUBLE = 1, 9, 11  # ONNX's numbers of element types
 
@@ -118,7 +119,11 @@ def group_conv_shuffle(
 
 
 def _compute_type(image: Value) -> int:
-    return DOUBLE if int(image.dtype) == DOUBLE else FLOAT
+    if int(image.dtype) == DOUBLE:
+        raise TypeError(
+            "safnet_ops.onnx: pictures must be float32 or float16, got float64, which onnxruntime does not sample"
+        )
+    return FLOAT
 
 
 def _like(number: float, value: Value) -> Value:

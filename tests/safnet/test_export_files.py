@@ -1,0 +1,221 @@
+"""`safnet export`: programs that other runtimes run, at sizes that were not traced, and its refusals."""
+
+import copy
+import re
+import subprocess
+import sys
+
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+import safnet_ops
+from safnet.cli import app
+from safnet.export import TRACED, ExportWarning, export_model, trace, write_program
+from safnet.model import SAFNet, network_size
+from safnet.weights import load_model
+
+BATCH, _, *SIDES = TRACED
+SIZES = [(BATCH, *SIDES), (1, 64, 64), (1, 33, 47), (3, 40, 101)]
+TINY = [(1, 20, 30), (1, 1, 5)]  # what torch.export's guards refuse, the other formats take
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("safnet-s")
+
+
+@pytest.fixture(scope="module")
+def program(model):
+    return trace(model)
+
+
+@pytest.fixture(scope="module")
+def files(program, tmp_path_factory):
+    """Format -> file, all of one trace."""
+    folder = tmp_path_factory.mktemp("programs")
+    found = {ending: folder / f"model.{ending}" for ending in ("onnx", "xml", "pt2")}
+    for ending in ("onnx", "pt2"):
+        write_program(program, found[ending])
+    with pytest.warns(ExportWarning, match="INFERENCE_PRECISION_HINT"):
+        write_program(program, found["xml"])
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.xml", "model.bin", "model.pt2"}
+    return found
+
+
+def smooth(n, height, width):
+    return [F.interpolate(torch.rand(n, 6, 5, 5), (height, width), mode="bicubic").clamp(0, 1) for _ in range(3)]
+
+
+def noise(n, height, width):
+    return [torch.rand(n, 6, height, width) for _ in range(3)]
+
+
+def onnxruntime_of(path):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda exposures: session.run(
+        ["fused", "refined"], dict(zip(("short", "reference", "long"), (e.numpy() for e in exposures), strict=True))
+    )
+
+
+def openvino_of(path):
+    network = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(exposures):
+        results = network({name: e.numpy() for name, e in zip(("short", "reference", "long"), exposures, strict=True)})
+        return [results["fused"], results["refined"]]
+
+    return run
+
+
+def pytorch_of(path):
+    module = torch.export.load(path).module()
+    return lambda exposures: [result.numpy() for result in module(*exposures)]
+
+
+RUNTIMES = {"onnx": onnxruntime_of, "xml": openvino_of, "pt2": pytorch_of}
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def runtime(request, files):
+    """A format, and a function from three exposures to the program's results."""
+    return request.param, RUNTIMES[request.param](files[request.param])
+
+
+def differences(found, expected):
+    return [(torch.from_numpy(value).double() - right).abs() for value, right in zip(found, expected, strict=True)]
+
+
+def largest(found, expected):
+    return max(float(difference.max()) for difference in differences(found, expected))
+
+
+@torch.no_grad()
+def test_a_program_of_any_size_has_the_models_values(model, runtime):
+    ending, run = runtime
+    for size in SIZES + (TINY if ending != "pt2" else []):
+        exposures = smooth(*size)
+        assert largest(run(exposures), model(*exposures)) < 1e-4, size
+
+
+@torch.no_grad()
+def test_a_program_has_the_models_values_on_white_noise(model, runtime):
+    """In noise a rounding error may lead a flow to another place, in float32 on the CPU as well; but at few pixels."""
+    _, run = runtime
+    for size in SIZES:
+        exposures = noise(*size)
+        for difference in differences(run(exposures), model(*exposures)):
+            assert (difference > 1e-4).double().mean() < 1e-3, size
+            assert difference.max() < 5e-3, size
+
+
+def test_warps_are_grid_samples_and_nothing_is_ours(files):
+    graph = onnx.load(files["onnx"])
+    onnx.checker.check_model(graph, full_check=True)
+    assert {opset.domain for opset in graph.opset_import} <= {"", "ai.onnx", "pkg.onnxscript.torch_lib.common"}
+    types = [node.op_type for node in graph.graph.node]
+    assert types.count("GridSample") == 12  # two at each of four levels, two in the fusion, two in the refine module
+    assert not [name for name in types if name.startswith("Gather") and name != "Gather"]
+    sides = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.graph.input]
+    assert all(isinstance(side, str) for shape in sides for side in (shape[0], *shape[2:]))
+
+
+@torch.no_grad()
+def test_the_command_writes_a_program_of_half_precision_as_good_as_the_model_in_it(model, tmp_path):
+    path = tmp_path / "half.onnx"
+    path.write_text("another")
+    outcome = export("safnet-s", "-o", path, "--precision", "float16", "--overwrite")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert f"{path}: safnet-s in float16\n" == outcome.stdout
+    half, run = copy.deepcopy(model).half(), onnxruntime_of(path)
+    for size in SIZES:
+        exposures = [exposure.half() for exposure in smooth(*size)]
+        found = run(exposures)
+        assert all(value.dtype == "float16" for value in found)
+        expected = model(*(exposure.float() for exposure in exposures))
+        rounding = largest([value.numpy() for value in half(*exposures)], expected)
+        assert largest(found, expected) < 2 * rounding < 0.1, size
+
+
+class Fusion(torch.nn.Module):
+    """The model's sizes and fusion without its layers, which take a minute to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, short, reference, long):
+        size = network_size(reference.shape[2], reference.shape[3], 0.5)
+        low = F.interpolate(reference, size, mode="bilinear").split([2, 2, 1, 1], 1)
+        return (
+            safnet_ops.upsample_fuse(short[:, :3], reference[:, :3], long[:, :3], *low, reference[:, 3:])[0] * self.gain
+        )
+
+
+@torch.no_grad()
+def test_a_package_of_aot_inductor_freezes_no_size(tmp_path):
+    """AOTInductor keeps no guards: a size that was frozen would give wrong results in silence."""
+    module = Fusion()
+    torch.export.save(trace(module), tmp_path / "fusion.pt2")
+    program = torch.export.load(tmp_path / "fusion.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for size in SIZES + TINY:
+        exposures = noise(*size)
+        assert (compiled(*exposures) - module(*exposures)).abs().max() < 1e-4, size
+
+
+def export(*arguments):
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_pytorchs_programs_are_of_any_precision_and_leave_the_model_as_it_is(tmp_path):
+    model = SAFNet("small").train()
+    export_model(model, tmp_path / "model.pt2", precision="bfloat16")
+    assert model.training
+    assert next(model.parameters()).dtype == torch.float32
+    exposures = [exposure.bfloat16() for exposure in smooth(1, 64, 64)]
+    found = torch.export.load(tmp_path / "model.pt2").module()(*exposures)
+    for value, right in zip(found, model.eval().bfloat16()(*exposures), strict=True):
+        torch.testing.assert_close(value, right)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("model.tflite", [], r"must end in one of \.onnx, \.xml, \.pt2, got '\.tflite'"),
+        ("model.onnx", ["--precision", "bfloat16"], "take no bfloat16"),
+        ("there.onnx", [], "there.onnx exists; --overwrite replaces it"),
+        ("none/model.onnx", [], "folder .*none' does not exist"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(tmp_path, name, options, message):
+    (tmp_path / "there.onnx").touch()
+    outcome = export("safnet-s", "-o", tmp_path / name, *options)
+    assert outcome.exit_code == 2
+    assert len(outcome.stderr.splitlines()) == 1
+    assert re.search(message, outcome.stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"there.onnx"}
+
+
+@pytest.mark.parametrize(("name", "package"), [("model.onnx", "onnxscript"), ("model.xml", "openvino")])
+def test_a_missing_package_names_the_extra(tmp_path, name, package):
+    program = f"""
+import sys
+sys.modules[{package!r}] = None
+from safnet.export import ExportError, export_model
+from safnet.model import SAFNet
+try:
+    export_model(SAFNet("small"), {str(tmp_path / name)!r})
+except ExportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert f"{package}: pip install 'safnet-ops[export]'" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
