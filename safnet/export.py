@@ -19,7 +19,12 @@ from safnet.choices import Precision
 from safnet.files import written_whole
 from safnet.model import SAFNet
 
-FORMATS = (".onnx", ".xml", ".pt2")
+# Format -> the extra that installs what is needed to write it, and that.
+PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    ".onnx": ("export", ("onnx", "onnxscript")),
+    ".xml": ("openvino", ("onnx", "onnxscript", "openvino")),
+    ".pt2": ("", ()),
+}
 INPUTS, OUTPUTS = ("short", "reference", "long"), ("fused", "refined")
 LEAST_SIDE = 33  # in pixels: for smaller ones PyTorch traces another program
 TRACED = (2, 6, 70, 90)  # any will do
@@ -58,18 +63,18 @@ def export_model(
 
 def check_target(path: Path, precision: Precision = "float32", overwrite: bool = False) -> None:
     """What can be known before any work. Raises ExportError."""
-    if path.suffix not in FORMATS:
-        raise ExportError(f"{path}: the name must end in one of {', '.join(FORMATS)}, got {path.suffix or 'none'!r}")
+    if path.suffix not in PACKAGES:
+        raise ExportError(f"{path}: the name must end in one of {', '.join(PACKAGES)}, got {path.suffix or 'none'!r}")
     if precision == "bfloat16" and path.suffix != ".pt2":
         raise ExportError(f"{path}: convolutions of ONNX's opset 18 take no bfloat16: use float32 or float16")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: folder {str(path.parent)!r} does not exist")
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; --overwrite replaces it")
-    packages = {".onnx": ("onnx", "onnxscript"), ".xml": ("onnx", "onnxscript", "openvino"), ".pt2": ()}[path.suffix]
+    extra, packages = PACKAGES[path.suffix]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"{path.suffix} files need {' and '.join(missing)}: pip install 'safnet-ops[export]'")
+        raise ExportError(f"{path.suffix} files need {' and '.join(missing)}: pip install 'safnet-ops[{extra}]'")
 
 
 def trace(model: SAFNet, precision: Precision = "float32", device: str | None = None) -> ExportedProgram:
