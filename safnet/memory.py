@@ -13,7 +13,7 @@ MARGINS = 46  # pixels beside a tile that the full model sees
 
 # Measured as peaks of resident memory, by the last line of `safnet fuse`, and rounded up.
 PROCESS = 0.45 * GIB  # Python, PyTorch and the weights
-ALIGNMENT = 0.75 * GIB  # at the size where frames are aligned, whatever their own size
+ALIGNMENT = 1.25 * GIB  # at the size where frames are aligned, whatever their own size
 RESULT_BYTES = 24  # a pixel: radiance, its copy in the numbers of the file, the preview
 INSPECTION_BYTES = 84  # a pixel: explicit fusion, flows and masks, and their pictures
 TILE_BYTES = {"small": 700, "full": 1800}  # a pixel of a tile
