@@ -210,6 +210,34 @@ __attribute__((noinline)) void multiply(const Product<R>& p, int64_t vectors) {
   }
 }
 
+// The products of all places: of `channels_out` output channels, from those of the first place. Distances of places in
+// what is read, in the weights and in what is written are `in`, `weights` and `out`.
+struct PlacePitch {
+  int64_t in, weights, out;
+};
+
+template <int Places, class R>
+void multiply_places(const Product<R>& first, const PlacePitch& pitch, int64_t channels_out, int64_t positions) {
+  const int64_t vectors = positions / kLanes<R>;
+  for (int64_t place = 0; place < Places; ++place)
+    for (int64_t o = 0, block; o < channels_out; o += block) {
+      block = block_channels(channels_out - o);
+      const Product<R> product{first.in + place * pitch.in, first.weights + place * pitch.weights + o * first.channels,
+                               first.out + place * pitch.out + o * first.pitch, first.pitch, first.channels};
+      with_block(block, [&](auto size) { multiply<R, decltype(size)::value>(product, vectors); });
+    }
+}
+
+// Calls act(dilation) with the dilation as a constant: one of those that Winograd's method serves.
+template <class Act>
+SAFNET_INLINE auto with_dilation(int64_t dilation, const Act& act) {
+  switch (dilation) {
+    case 1: return act(Constant<1>{});
+    case 2: return act(Constant<2>{});
+    default: return act(Constant<4>{});
+  }
+}
+
 // The convolution as a method of group_conv_shuffle.cpp, beside ByDefinition in convolution.h.
 template <class R>
 class ByWinograd {
@@ -234,36 +262,19 @@ class ByWinograd {
   // one is not finite.
   bool convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
                 Sums<R> sums) const {
-    switch (tile_.dilation) {
-      case 1: return convolve_dilated<1>(input, place, first, weights, bias, sums);
-      case 2: return convolve_dilated<2>(input, place, first, weights, bias, sums);
-      default: return convolve_dilated<4>(input, place, first, weights, bias, sums);
-    }
+    return with_dilation(tile_.dilation, [&](auto dilation) {
+      constexpr int D = decltype(dilation)::value;
+      pack_winograd<D>(input, tile_, place, first, channels_in_, rows_.data(), packed_.data());
+      transform_input<D>(tile_, packed_.data(), channels_in_, transformed_.data());
+      multiply_places<kPlaces, R>(
+          {transformed_.data(), weights, products_.data(), tile_.pitch, channels_in_},
+          {channels_in_ * tile_.pitch, channels_out_ * channels_in_, channels_out_ * tile_.pitch}, channels_out_,
+          tile_.count);
+      return transform_output<D>(tile_, products_.data(), bias, channels_out_, sums);
+    });
   }
 
  private:
-  template <int D>
-  bool convolve_dilated(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,
-                        Sums<R> sums) const {
-    pack_winograd<D>(input, tile_, place, first, channels_in_, rows_.data(), packed_.data());
-    transform_input<D>(tile_, packed_.data(), channels_in_, transformed_.data());
-    multiply_places(weights);
-    return transform_output<D>(tile_, products_.data(), bias, channels_out_, sums);
-  }
-
-  void multiply_places(const R* weights) const {
-    const int64_t vectors = tile_.count / kLanes<R>;
-    for (int64_t place = 0; place < kPlaces; ++place)
-      for (int64_t o = 0, block; o < channels_out_; o += block) {
-        block = block_channels(channels_out_ - o);
-        const int64_t channel = place * channels_out_ + o;
-        const Product<R> product{transformed_.data() + place * channels_in_ * tile_.pitch,
-                                 weights + channel * channels_in_, products_.data() + channel * tile_.pitch,
-                                 tile_.pitch, channels_in_};
-        with_block(block, [&](auto size) { multiply<R, decltype(size)::value>(product, vectors); });
-      }
-  }
-
   WinogradTile tile_;
   int64_t channels_in_, channels_out_;
   Scratch<R> rows_, packed_, transformed_, products_;
@@ -357,11 +368,8 @@ class WinogradCorrelation {
 
   // sums[place][input channel][output channel] += those of one tile.
   void add(const View& input, const View& grad, const Place& place, int64_t group, R* sums) const {
-    switch (tile_.dilation) {
-      case 1: return add_dilated<1>(input, grad, place, group, sums);
-      case 2: return add_dilated<2>(input, grad, place, group, sums);
-      default: return add_dilated<4>(input, grad, place, group, sums);
-    }
+    with_dilation(tile_.dilation,
+                  [&](auto dilation) { add_dilated<decltype(dilation)::value>(input, grad, place, group, sums); });
   }
 
   // out[output channel][input channel][3x3] of one group.

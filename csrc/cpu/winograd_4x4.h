@@ -271,11 +271,9 @@ class ByWinograd4x4 {
   // one is not finite.
   bool convolve(const View& input, const Place& place, int64_t first, const float* weights, const float* bias,
                 Sums<float> sums) const {
-    switch (tile_.dilation) {
-      case 1: return convolve_dilated<1>(input, place, first, weights, bias, sums);
-      case 2: return convolve_dilated<2>(input, place, first, weights, bias, sums);
-      default: return convolve_dilated<4>(input, place, first, weights, bias, sums);
-    }
+    return with_dilation(tile_.dilation, [&](auto dilation) {
+      return convolve_dilated<decltype(dilation)::value>(input, place, first, weights, bias, sums);
+    });
   }
 
  private:
@@ -287,7 +285,9 @@ class ByWinograd4x4 {
     bool finite = true;
     for (int64_t o = 0, count; o < channels_out_; o += count, sums.data += count * sums.channel) {
       count = smaller(kChannelsAtOnce, channels_out_ - o);
-      multiply_places(weights, o, count);
+      multiply_places<kPlaces4x4, float>(
+          {transformed_.data(), weights + o * channels_in_, products_.data(), tile_.pitch, channels_in_},
+          {place_in_, channels_out_ * channels_in_, place_out_}, count, tile_.count);
       finite = transform_products<D>(tile_, products_.data(), place_out_, bias + o, count, sums) && finite;
     }
     return finite;
@@ -343,19 +343,6 @@ class ByWinograd4x4 {
           if (slots[slot] != nullptr) slots[slot] += channel;
       }
     }
-  }
-
-  // products[place][channel][position] of output channels [first, first + count).
-  void multiply_places(const float* weights, int64_t first, int64_t count) const {
-    const int64_t vectors = tile_.count / kLanes<float>;
-    for (int64_t place = 0; place < kPlaces4x4; ++place)
-      for (int64_t o = 0, block; o < count; o += block) {
-        block = block_channels(count - o);
-        const Product<float> product{
-            transformed_.data() + place * place_in_, weights + (place * channels_out_ + first + o) * channels_in_,
-            products_.data() + place * place_out_ + o * tile_.pitch, tile_.pitch, channels_in_};
-        with_block(block, [&](auto size) { multiply<float, decltype(size)::value>(product, vectors); });
-      }
   }
 
   WinogradTile4x4 tile_;

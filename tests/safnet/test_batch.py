@@ -9,16 +9,15 @@ import time
 import numpy as np
 import psutil
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from safnet.batch import TABLE, Job, find_series, fuse_job, fuse_jobs
 from safnet.cli import app
 from safnet.exposures import ExposureError
 from safnet.images import read_header
-from safnet.model import SAFNet
 from safnet.weights import save_model
 from tests.support.frames import save_frame, save_tagged
+from tests.support.models import plain_model
 from tests.support.scenes import make_radiance
 
 HEIGHT, WIDTH = 40, 56
@@ -26,13 +25,8 @@ HEIGHT, WIDTH = 40, 56
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    model = SAFNet("small")
-    with torch.no_grad():
-        for conv in (model.decoder.conv6, model.refinenet.conv7):
-            conv.weight.zero_()
-            conv.bias.zero_()
     path = tmp_path_factory.mktemp("weights") / "plain.safetensors"
-    save_model(model, path)
+    save_model(plain_model(), path)
     return str(path)
 
 

@@ -18,10 +18,10 @@ import safnet
 import safnet_ops
 from safnet.cli import app
 from safnet.cli.fuse import join_exposures
-from safnet.model import SAFNet
 from safnet.pictures import INSPECTION_FILES
 from safnet.weights import save_model
 from tests.support.frames import save_frame
+from tests.support.models import plain_model
 from tests.support.scenes import make_radiance
 
 HEIGHT, WIDTH = 40, 56
@@ -32,13 +32,8 @@ SUMMARY = r"56 x 40, EV -2 0 \+2, \d+\.\d s, peak memory \d+\.\d GiB: .*{}\n"
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A model that estimates no motion and refines nothing: what it makes of a still scene is known."""
-    model = SAFNet("small")
-    with torch.no_grad():
-        for conv in (model.decoder.conv6, model.refinenet.conv7):
-            conv.weight.zero_()
-            conv.bias.zero_()
     path = tmp_path_factory.mktemp("weights") / "plain.safetensors"
-    save_model(model, path)
+    save_model(plain_model(), path)
     return str(path)
 
 

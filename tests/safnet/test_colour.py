@@ -17,9 +17,9 @@ import safnet
 from safnet import colour, icc
 from safnet.colour import ADOBE_RGB, LINEAR, P3, REC709, REC2020, SRGB, CurveError, conversion, parse_curve
 from safnet.images import ImageError, read_frame, read_header, read_ldr, write_picture, write_radiance
-from safnet.model import SAFNet
 from safnet.radiance import GAMMA, StoredFrame, ldr_values
 from tests.support.frames import save_frame, save_tagged
+from tests.support.models import plain_model
 from tests.support.scenes import make_radiance
 
 EVS = (-2.0, 0.0, 2.0)
@@ -283,12 +283,7 @@ def test_damaged_profiles_are_refused_in_one_line(tmp_path):
 @pytest.fixture(scope="module")
 def model():
     """One that estimates no motion and refines nothing."""
-    model = SAFNet("small").eval()
-    with torch.no_grad():
-        for conv in (model.decoder.conv6, model.refinenet.conv7):
-            conv.weight.zero_()
-            conv.bias.zero_()
-    return model
+    return plain_model()
 
 
 @pytest.fixture(scope="module")

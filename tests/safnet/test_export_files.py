@@ -131,6 +131,9 @@ def test_the_command_writes_a_program_of_half_precision_as_good_as_the_model_in_
     outcome = export("safnet-s", "-o", path, "--precision", "float16", "--overwrite")
     assert outcome.exit_code == 0, outcome.stderr
     assert f"{path}: safnet-s in float16\n" == outcome.stdout
+    weights = [value for value in onnx.load(path).graph.initializer if len(value.dims) == 4]
+    assert len(weights) > 20
+    assert {value.data_type for value in weights} == {onnx.TensorProto.FLOAT16}
     half, run = copy.deepcopy(model).half(), onnxruntime_of(path)
     for size in SIZES:
         exposures = [exposure.half() for exposure in smooth(*size)]
