@@ -91,11 +91,9 @@ def merge_(radiance: Tensor, evs: Sequence[float], other: Tensor, other_evs: Seq
     unit = 2.0 ** (evs[0] - other_evs[0])
     ratios, other_ratios = ([2.0 ** (ev - evs[0]) for ev in some] for some in (evs, other_evs))
     for first, second in zip(radiance.split(ROWS, 2), other.split(ROWS, 2), strict=True):
-        second = second * unit
-        # The brighter of the two tells what is clipped: near its end a result is too dark.
-        brighter = torch.maximum(first, second)
-        weight, other_weight = _certainty(brighter, ratios) + LEAST_WEIGHT, _certainty(brighter, other_ratios)
-        first.lerp_(second, other_weight / (weight + other_weight))
+        # Both by the first, which has the darkest frame: near its own end a result is too dark to tell what is clipped.
+        weight, other_weight = _certainty(first, ratios) + LEAST_WEIGHT, _certainty(first, other_ratios)
+        first.lerp_(second * unit, other_weight / (weight + other_weight))
 
 
 def _certainty(radiance: Tensor, ratios: Sequence[float]) -> Tensor:
