@@ -8,8 +8,7 @@ from safnet.model import SAFNet
 def plain_model() -> SAFNet:
     """One that estimates no motion and refines nothing."""
     model = SAFNet("small").eval()
-    with torch.no_grad():
-        for conv in (model.decoder.conv6, model.refinenet.conv7):
-            conv.weight.zero_()
-            conv.bias.zero_()
+    for conv in (model.decoder.conv6, model.refinenet.residual_layer):
+        for parameter in conv.parameters():
+            torch.nn.init.zeros_(parameter)
     return model
