@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from safnet.colour import UNKNOWN, Colour, Curve
 from safnet.exif import read_exif
-from safnet.images import FramePicture, Header, ImageError, cicp_colour, profile_colour
+from safnet.images import FramePicture, Header, ImageError, cicp_colour, open_by_pillow, profile_colour
 
 
 def read_heif_header(path: Path, curve: Curve | None = None) -> Header:
@@ -40,7 +40,7 @@ def read_heif_pixels(path: Path) -> FramePicture:
     """RGB (H, W, 3), upright, 8-bit, or 16-bit where a HEIC file has more than 8."""
     try:
         if path.suffix.lower() == ".avif":  # which libheif opens, but in pillow-heif's wheels does not decode
-            with Image.open(path) as coded:
+            with open_by_pillow(path) as coded:
                 pixels = np.asarray(ImageOps.exif_transpose(coded).convert("RGB"))
         else:
             picture = _open(path)

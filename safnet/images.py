@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -303,10 +304,23 @@ def _has_gain_map(path: Path, spec: Any) -> bool:
 
 def _shown_pixels(path: Path) -> BytePicture:
     try:
-        with Image.open(path) as picture:
+        with open_by_pillow(path) as picture:
             return np.array(picture.convert("RGB"))
     except OSError as error:
         raise ImageError(f"{path} cannot be read, it may be truncated: {error}") from error
+
+
+_pillow_limit = threading.Lock()
+
+
+def open_by_pillow(source: Path | BytesIO) -> Image.Image:
+    """A picture of any size: Pillow takes those of a large camera for an attack, and refuses those of twice its size."""
+    with _pillow_limit:
+        kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = kept
 
 
 def _format(path: Path, spec: Any) -> str:
@@ -322,7 +336,7 @@ def _coded(values: FloatPicture, curve: Curve) -> FloatPicture:
 def _converted(path: Path, profile: bytes) -> BytePicture:
     """8-bit pixels (H, W, 3) as stored, converted to sRGB."""
     try:
-        with Image.open(path) as picture:
+        with open_by_pillow(path) as picture:
             return np.array(icc.to_srgb(picture, profile))
     except (OSError, ValueError) as error:
         raise ImageError(f"{path} cannot be converted by its colour profile: {error}; convert it to sRGB") from error
@@ -493,7 +507,7 @@ def _tagged_colour(path: Path, spec: Any) -> Colour:
     """Of PNG's sRGB, gAMA and cHRM, and of EXIF's ColorSpace."""
     kind = path.suffix.lower()
     if kind == ".png":
-        with Image.open(path) as picture:
+        with open_by_pillow(path) as picture:
             tags = dict(picture.info)
         if "srgb" in tags:
             return Colour(REC709, SRGB)
@@ -514,7 +528,7 @@ def _tagged_colour(path: Path, spec: Any) -> Colour:
 
 def _interoperability(path: Path) -> str:
     try:
-        with Image.open(path) as picture:
+        with open_by_pillow(path) as picture:
             return str(picture.getexif().get_ifd(0xA005).get(1, "")).strip("\0")
     except (OSError, ValueError, SyntaxError, KeyError):
         return ""

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from safnet.files import written_whole
-from safnet.images import BytePicture, FloatPicture, ImageError, Metadata, write_picture
+from safnet.images import BytePicture, FloatPicture, ImageError, Metadata, open_by_pillow, write_picture
 
 OFFSET = 1 / 64  # keeps gains of dark pixels small
 QUALITY = 97  # of the gain map; that of the picture is `write_picture`'s
@@ -59,7 +59,7 @@ def write_ultra_hdr(
                 coded = base.read_bytes()
             finally:
                 base.unlink(missing_ok=True)
-            with Image.open(BytesIO(coded)) as picture:  # with what JPEG made of it, for which the gains make up
+            with open_by_pillow(BytesIO(coded)) as picture:  # with what JPEG made of it, for which the gains make up
                 gains, low, high = _gain_map(light, exposure, np.asarray(picture.convert("RGB")))
             partial.write_bytes(_assemble(coded, gains, low, high))
     except OSError as error:

@@ -283,3 +283,15 @@ def test_destinations(tmp_path):
     ):
         with pytest.raises(ImageError, match=message):
             check_destination("--output", path, DEPTHS, overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_pictures_of_large_cameras_are_no_attack(tmp_path, name, monkeypatch, recwarn):
+    """Pillow warns of pictures beyond its limit and refuses those beyond twice that."""
+    path = save_frame(tmp_path / name, np.full((20, 30, 3), 90, np.uint8))
+    for limit in (400, 200):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert read_header(path).width == 30
+        assert read_frame(read_header(path)).shape == (1, 3, 20, 30)
+        assert limit == Image.MAX_IMAGE_PIXELS
+    assert not [str(warning.message) for warning in recwarn]
