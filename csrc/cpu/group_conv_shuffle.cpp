@@ -192,6 +192,34 @@ class Remedy {
   Made* made_ = nullptr;
 };
 
+// Whether a method may finish and write results as it makes them: rows of float32, and no sums are to be kept.
+bool has_plain_rows(const View& view) {
+  return view.data == nullptr || (view.type == Type::kFloat32 && view.stride[3] == 1 && !channels_inside(view));
+}
+bool can_finish(const ConvolutionArguments& a) {
+  return a.preactivation.data == nullptr && a.out_stride == 1 && has_plain_rows(a.out) && has_plain_rows(a.residual);
+}
+
+// The rows of a tile's outputs of one group in a tensor of the output's shape.
+Rows rows_of(const ConvolutionArguments& a, const View& view, const Place& place, int64_t group, bool shuffled) {
+  if (view.data == nullptr) return {};
+  const int64_t first = shuffled ? group : group * a.channels_out, step = shuffled ? a.groups : 1;
+  float* const start = row<float>(view, place.n, first, place.y + a.out_y) + place.x + a.out_x;
+  return {start, step * view.stride[1], a.grid.row_step * view.stride[2]};
+}
+
+template <class R, class Method>
+bool convolve_and_finish(const Method&, const ConvolutionArguments&, const Place&, int64_t, const R*, const R*,
+                         const R*) {
+  return false;  // only what follows does
+}
+bool convolve_and_finish(const ByWinograd4x4& method, const ConvolutionArguments& a, const Place& place, int64_t group,
+                         const float* weights, const float* bias, const float* slopes) {
+  const FinishSums finish{rows_of(a, a.out, place, group, a.shuffled), rows_of(a, a.residual, place, group, false),
+                          a.slope == nullptr ? nullptr : slopes, place.rows, place.columns};
+  return method.convolve(a.input, place, group * a.channels_in, weights, bias, finish);
+}
+
 template <class R, class Method>
 void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t begin, int64_t end) {
   const Method method(a.grid, a.channels_in, a.channels_out);
@@ -200,21 +228,27 @@ void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t 
   const bool together = channels_inside(a.out);
   const int64_t held = together ? all_channels : a.channels_out;
   const int64_t pitch = method.columns();
-  const Scratch<R> sums(held * method.rows() * pitch), extra(held * pitch), bias(all_channels);
+  const Scratch<R> sums(held * method.rows() * pitch), extra(held * pitch), bias(all_channels), slopes(all_channels);
   const Scratch<const R*> rows(2 * held);
   for (int64_t c = 0; c < all_channels; ++c)
-    bias.data()[c] = a.bias == nullptr ? R(0) : element<R>(a.bias, c * a.bias_stride, a.out.type);
+    bias[c] = a.bias == nullptr ? R(0) : element<R>(a.bias, c * a.bias_stride, a.out.type);
+  for (int64_t c = 0; c < all_channels && a.slope != nullptr; ++c)
+    slopes[c] = element<R>(a.slope, c * a.slope_stride, a.out.type);
+  const bool finishes = can_finish(a);
   Workspace<R> work{{sums.data(), method.rows() * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
   Remedy<R> remedy(a);
   for (int64_t index = begin; index < end; ++index) {
     const Place place = place_of(a.grid, index);
     if (place.rows <= 0) continue;
     for (int64_t g = 0; g < a.groups; ++g) {
-      const R* weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * weights_a_pair;
+      const R* const weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * weights_a_pair;
+      const R* const addends = bias.data() + g * a.channels_out;
+      if (finishes && convolve_and_finish(method, a, place, g, weights, addends, slopes.data() + g * a.channels_out))
+        continue;
       Sums<R> part = work.sums;
       if (together) part.data += g * a.channels_out * part.channel;
-      if (!method.convolve(a.input, place, g * a.channels_in, weights, bias.data() + g * a.channels_out, part))
-        remedy.convolve(place, g, bias.data() + g * a.channels_out, part);
+      if (!method.convolve(a.input, place, g * a.channels_in, weights, addends, part))
+        remedy.convolve(place, g, addends, part);
       if (!together) finish_tile(a, place, work, g * a.channels_out, a.channels_out);
     }
     if (together) finish_tile(a, place, work, 0, all_channels);

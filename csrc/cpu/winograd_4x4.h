@@ -73,16 +73,13 @@ SAFNET_INLINE void split_four(const float* from, Vector<float> (&to)[6]) {
 
 // The inverse.
 template <int D>
-SAFNET_INLINE void store_four(const Vector<float> (&from)[4], float* to) {
-  constexpr int L = kLanes<float>;
+SAFNET_INLINE void join_four(const Vector<float> (&from)[4], Vector<float> (&to)[4]) {
   const Vector<float> even_low = shuffled<FirstOfJoined, D>(from[0], from[2]),
                       even_high = shuffled<SecondOfJoined, D>(from[0], from[2]);
   const Vector<float> odd_low = shuffled<FirstOfJoined, D>(from[1], from[3]),
                       odd_high = shuffled<SecondOfJoined, D>(from[1], from[3]);
-  store_vector(shuffled<FirstOfJoined, D>(even_low, odd_low), to);
-  store_vector(shuffled<SecondOfJoined, D>(even_low, odd_low), to + L);
-  store_vector(shuffled<FirstOfJoined, D>(even_high, odd_high), to + 2 * L);
-  store_vector(shuffled<SecondOfJoined, D>(even_high, odd_high), to + 3 * L);
+  to[0] = shuffled<FirstOfJoined, D>(even_low, odd_low), to[1] = shuffled<SecondOfJoined, D>(even_low, odd_low);
+  to[2] = shuffled<FirstOfJoined, D>(even_high, odd_high), to[3] = shuffled<SecondOfJoined, D>(even_high, odd_high);
 }
 
 // B' d along one direction: the columns are the coefficients of the products of all (x - point) but one.
@@ -162,10 +159,10 @@ inline WinogradTile4x4 lay_out_winograd_4x4(const TapGrid& grid) {
 }
 
 // Six input rows of one channel, `dilation` apart: null where one is outside of the picture. Column 0 of the tile's
-// input is column `x` of them; they have `width` columns.
+// input is column `x` of them; they have `width` columns. Rows to be transformed soon lie `next` further on.
 struct SixRows {
   const float* const* start;
-  int64_t x, width;
+  int64_t x, width, next;
 };
 
 // Vectors of the rows at column x, where some of them, or some columns, lie outside of the picture: zeros there.
@@ -196,6 +193,9 @@ __attribute__((noinline)) void transform_rows(const WinogradTile4x4& tile, const
   for (int64_t column = 0; column < tile.columns + 2 * D; column += L) {
     const int64_t x = rows.x + column;
     if (whole && x >= 0 && x + L <= rows.width) {
+      // Channels lie far apart, and no prefetcher of the processor sees the pattern. The first two rows were asked for
+      // as the last two of the four rows above.
+      for (int s = 2; s < 6; ++s) __builtin_prefetch(rows.start[s] + rows.next + x);
       for (int s = 0; s < 6; ++s) values[s] = vector_at(rows.start[s] + x);
     } else {
       float edge[6][L];
@@ -217,15 +217,79 @@ __attribute__((noinline)) void transform_rows(const WinogradTile4x4& tile, const
     }
 }
 
-// sums = A' products A + bias: [channel][row][column]. Returns whether all of them are finite.
-template <int D>
+// Keeps sums as they are made, for what makes results of them: [channel][row][column].
+struct KeepSums {
+  Sums<float> sums;
+
+  SAFNET_INLINE void operator()(int64_t c, int64_t row, int64_t column, const Vector<float> (&values)[4]) const {
+    float* const to = sums.data + c * sums.channel + row * sums.row + column;
+    for (int v = 0; v < 4; ++v) store_vector(values[v], to + v * kLanes<float>);
+  }
+};
+
+// Rows of float32 in a tensor: of a tile's first channel, row and column, and the distances of others.
+struct Rows {
+  float* data;
+  int64_t channel, row;
+
+  SAFNET_INLINE float* at(int64_t c, int64_t j, int64_t x) const { return data + c * channel + j * row + x; }
+};
+
+// Copies the first `count` of a vector's numbers, by halves.
+SAFNET_INLINE void copy_part(const float* from, int64_t count, float* to) {
+  for (int64_t half = kLanes<float> / 2; half > 0; half /= 2) {
+    if ((count & half) == 0) continue;
+    __builtin_memcpy(to, from, static_cast<size_t>(half) * sizeof(float));
+    from += half, to += half;
+  }
+}
+
+// Makes results of sums while these are in registers: adds the residual, applies the activation and writes what lies in
+// the picture. Where a tensor is absent it has no data.
+struct FinishSums {
+  Rows out, residual;
+  const float* slopes;
+  int64_t rows, columns;
+
+  SAFNET_INLINE void operator()(int64_t c, int64_t row, int64_t column, const Vector<float> (&values)[4]) const {
+    constexpr int64_t L = kLanes<float>;
+    if (row >= rows) return;
+    const int64_t inside = smaller(columns - column, 4 * L);
+    float* const to = out.at(c, row, column);
+    const float* const added = residual.data == nullptr ? nullptr : residual.at(c, row, column);
+    const float slope = slopes == nullptr ? 1 : slopes[c];
+    for (int v = 0; v < 4; ++v) {
+      const int64_t left = inside - v * L;
+      if (left >= L) {
+        Vector<float> sum = values[v];
+        if (added != nullptr) sum += vector_at(added + v * L);
+        store_vector(activate(sum, slope), to + v * L);
+        __builtin_prefetch(to + v * L + out.channel, 1);
+      } else if (left > 0) {
+        float part[L] = {};
+        if (added != nullptr) copy_part(added + v * L, left, part);
+        store_vector(activate(values[v] + vector_at(part), slope), part);
+        copy_part(part, left, to + v * L);
+      }
+    }
+  }
+
+ private:
+  static SAFNET_INLINE Vector<float> activate(const Vector<float>& sum, float slope) {
+    return sum > 0 ? sum : sum * slope;
+  }
+};
+
+// Gives A' products A + bias of channels [first, first + channels) to `take`. Returns whether all of them are finite.
+template <int D, class Take>
 __attribute__((noinline)) bool transform_products(const WinogradTile4x4& tile, const float* products, int64_t place,
-                                                  const float* bias, int64_t channels, Sums<float> sums) {
+                                                  const float* bias, int64_t first, int64_t channels,
+                                                  const Take& take) {
   Vector<float> zero_or_nan{};
-  for (int64_t c = 0; c < channels; ++c, products += tile.pitch, sums.data += sums.channel)
+  for (int64_t c = first; c < first + channels; ++c, products += tile.pitch)
     for (int64_t j = 0; j < tile.row_fours; ++j)
       for (int64_t i = 0; i < tile.run; i += kLanes<float>) {
-        Vector<float> columns[6][4];
+        alignas(kVectorBytes) Vector<float> columns[6][4];  // more than there are registers
         for (int k = 0; k < 6; ++k) {
           const float* at = products + k * place + j * tile.run + i;
           Vector<float> values[6];
@@ -235,10 +299,11 @@ __attribute__((noinline)) bool transform_products(const WinogradTile4x4& tile, c
         for (int row = 0; row < 4; ++row) {
           const Vector<float> values[6] = {columns[0][row], columns[1][row], columns[2][row],
                                            columns[3][row], columns[4][row], columns[5][row]};
-          Vector<float> outputs[4];
+          Vector<float> outputs[4], joined[4];
           transform_back_six(values, outputs);
           for (int k = 0; k < 4; ++k) outputs[k] += bias[c], zero_or_nan += outputs[k] * 0.0f;
-          store_four<D>(outputs, sums.data + (4 * j + row) * sums.row + 4 * i);
+          join_four<D>(outputs, joined);
+          take(c, 4 * j + row, 4 * i, joined);
         }
       }
   return are_zero<float>(zero_or_nan);
@@ -271,24 +336,30 @@ class ByWinograd4x4 {
   // one is not finite.
   bool convolve(const View& input, const Place& place, int64_t first, const float* weights, const float* bias,
                 Sums<float> sums) const {
+    return convolve(input, place, first, weights, bias, KeepSums{sums});
+  }
+
+  template <class Take>
+  bool convolve(const View& input, const Place& place, int64_t first, const float* weights, const float* bias,
+                const Take& take) const {
     return with_dilation(tile_.dilation, [&](auto dilation) {
-      return convolve_dilated<decltype(dilation)::value>(input, place, first, weights, bias, sums);
+      return convolve_dilated<decltype(dilation)::value>(input, place, first, weights, bias, take);
     });
   }
 
  private:
-  template <int D>
+  template <int D, class Take>
   bool convolve_dilated(const View& input, const Place& place, int64_t first, const float* weights, const float* bias,
-                        Sums<float> sums) const {
+                        const Take& take) const {
     if (input.type == Type::kFloat32 && input.stride[3] == 1) transform_input<D>(input, place, first);
     else transform_packed_input<D>(input, place, first);
     bool finite = true;
-    for (int64_t o = 0, count; o < channels_out_; o += count, sums.data += count * sums.channel) {
+    for (int64_t o = 0, count; o < channels_out_; o += count) {
       count = smaller(kChannelsAtOnce, channels_out_ - o);
       multiply_places<kPlaces4x4, float>(
           {transformed_.data(), weights + o * channels_in_, products_.data(), tile_.pitch, channels_in_},
           {place_in_, channels_out_ * channels_in_, place_out_}, count, tile_.count);
-      finite = transform_products<D>(tile_, products_.data(), place_out_, bias + o, count, sums) && finite;
+      finite = transform_products<D>(tile_, products_.data(), place_out_, bias, o, count, take) && finite;
     }
     return finite;
   }
@@ -297,9 +368,9 @@ class ByWinograd4x4 {
   SAFNET_INLINE int64_t row_of(const Place& place, int64_t slot) const { return place.y + (slot - 1) * tile_.dilation; }
 
   template <int D>
-  void transform_channel(const float* const* slots, int64_t x, int64_t width, int64_t c) const {
+  void transform_channel(const float* const* slots, int64_t x, int64_t width, int64_t next, int64_t c) const {
     for (int64_t j = 0; j < tile_.row_fours; ++j)
-      transform_rows<D>(tile_, {slots + 4 * j, x, width}, lines_.data(),
+      transform_rows<D>(tile_, {slots + 4 * j, x, width, next}, lines_.data(),
                         transformed_.data() + c * tile_.pitch + j * tile_.run, place_in_);
   }
 
@@ -311,7 +382,7 @@ class ByWinograd4x4 {
         const int64_t y = row_of(place, slot);
         slots[slot] = y >= 0 && y < input.size[2] ? row<float>(input, place.n, first + c, y) : nullptr;
       }
-      transform_channel<D>(slots, place.x - D, input.size[3], c);
+      transform_channel<D>(slots, place.x - D, input.size[3], c + 1 < channels_in_ ? input.stride[1] : 0, c);
     }
   }
 
@@ -338,7 +409,7 @@ class ByWinograd4x4 {
           load_channels(input, Span{place.n, y, x0 + begin, 1, end - begin}, first + c, count, to + begin, channel);
       }
       for (int64_t k = 0; k < count; ++k) {
-        transform_channel<D>(slots, 0, width, c + k);
+        transform_channel<D>(slots, 0, width, 0, c + k);
         for (int64_t slot = 0; slot < tile_.slots; ++slot)
           if (slots[slot] != nullptr) slots[slot] += channel;
       }
