@@ -18,7 +18,15 @@ from safnet.calibrate import Calibration, calibrate, check_bracket
 from safnet.choices import FEWEST_FRAMES, MOST_FRAMES
 from safnet.merge import measure_noise, trust_in_refining, weigh_by_noise
 from safnet.model import Alignment, Fusion, SAFNet
-from safnet.radiance import INTEGER_SCALES, Frame, StoredFrame, exposure_input, exposure_ratios, ldr_values
+from safnet.radiance import (
+    INTEGER_SCALES,
+    ExposureReader,
+    Frame,
+    StoredFrame,
+    exposure_input,
+    exposure_ratios,
+    ldr_values,
+)
 from safnet.series import Three, best_exposed, merge_, threes
 
 TILE = 448  # pixels a side on a CPU: larger ones waste less on margins, smaller ones stay in memory that is used again
@@ -133,7 +141,12 @@ def _fuse_three(
     if aligned is None:
         aligned = _align(model, frames, bracket, found)
     advice = advise(bracket, aligned, found, evs, _names(three, count)) if bracket is not None and measure else ()
-    noise = _measure_noise(model, frames, found, aligned.alignment) if bracket is not None else None
+    ratios, device = exposure_ratios(found.evs), next(model.parameters()).device
+    exposures = [
+        ExposureReader(frame, ratio, found.straighten, device) for frame, ratio in zip(frames, ratios, strict=True)
+    ]
+    whole = _Whole(exposures, ratios, (height, width), aligned.alignment)
+    noise = _measure_noise(model, whole) if bracket is not None else None
     progress("aligning", 1, 1)
     if tile is None:
         tile = default_tile(next(model.parameters()).device)
@@ -142,12 +155,12 @@ def _fuse_three(
     radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)
     fusion = _empty_fusion(height, width) if keep_fusion else None
     for number, (rows, columns) in enumerate(tiles, 1):
-        refined, part = _fuse_tile(model, frames, found, aligned.alignment, noise, (rows, columns))
+        refined, part = _fuse_tile(model, whole, noise, (rows, columns))
         radiance[..., rows, columns] = refined
         if fusion is not None:
             fusion.fused[..., rows, columns] = part.fused
-            for whole, piece in zip(fusion.alignment, part.alignment, strict=True):
-                whole[..., rows, columns] = piece
+            for kept, piece in zip(fusion.alignment, part.alignment, strict=True):
+                kept[..., rows, columns] = piece
         progress("refining", number, len(tiles))
     return Result(radiance, fusion, found.evs, found.curve, evs, aligned.covered, advice, three.numbers[1])
 
@@ -246,6 +259,22 @@ def _empty_fusion(height: int, width: int) -> Fusion:
     return Fusion(fused, Alignment(*alignment))
 
 
+class _Whole(NamedTuple):
+    """What all tiles are fused from.
+
+    Attributes:
+        exposures: short, reference and long.
+        ratios: their exposure ratios.
+        size: rows and columns.
+        alignment: flows and masks, reduced.
+    """
+
+    exposures: Sequence[ExposureReader]
+    ratios: Sequence[float]
+    size: tuple[int, int]
+    alignment: Alignment
+
+
 class _Warped(NamedTuple):
     """What one tile of the frame is fused from: everything aligned to the reference.
 
@@ -262,27 +291,13 @@ class _Warped(NamedTuple):
     alignment: Alignment
 
 
-def _warp_part(
-    model: SAFNet,
-    frames: Sequence[Frame],
-    calibration: Calibration,
-    alignment: Alignment,
-    part: tuple[slice, slice],
-) -> _Warped:
+def _warp_part(model: SAFNet, whole: _Whole, part: tuple[slice, slice]) -> _Warped:
     """A part of the frame, aligned."""
-    height, width = frames[1].shape[2:]
-    aligned = full_size(alignment, height, width, *part)
-    device = aligned.flow_short.device
-    ratios = exposure_ratios(calibration.evs)
-
-    def exposure(number: int, part: tuple[slice, slice]) -> Tensor:
-        rows, columns = part
-        values = ldr_values(frames[number][:, :, rows, columns]).to(device)
-        return exposure_input(calibration.straighten(values), ratios[number])
+    aligned = full_size(whole.alignment, *whole.size, *part)
 
     def warped(number: int, flow: Tensor, features: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        source, moved = _source_of(flow, part, (height, width), model.refinenet.FEATURE_RADIUS)
-        cut = exposure(number, source)
+        source, moved = _source_of(flow, part, whole.size, model.refinenet.FEATURE_RADIUS)
+        cut = whole.exposures[number].read(*source)
         seen = features(cut)
         found = safnet_ops.backward_warp(cut if seen is cut else torch.cat([cut, seen], 1), moved)
         found = found[..., : flow.shape[2], : flow.shape[3]]
@@ -290,22 +305,18 @@ def _warp_part(
 
     short, short_features = warped(0, aligned.flow_short, model.refinenet.short_features)
     long, long_features = warped(2, aligned.flow_long, model.refinenet.long_features)
-    return _Warped(short, exposure(1, part), long, (short_features, long_features), aligned)
+    return _Warped(short, whole.exposures[1].read(*part), long, (short_features, long_features), aligned)
 
 
-def _measure_noise(model: SAFNet, frames: Sequence[Frame], calibration: Calibration, alignment: Alignment) -> Tensor:
+def _measure_noise(model: SAFNet, whole: _Whole) -> Tensor:
     """What `merge.measure_noise` finds in a few places of the frame, at full size."""
-    height, width = frames[1].shape[2:]
-    places = [
-        _warp_part(model, frames, calibration, alignment, (rows, columns))
-        for rows in _samples(height)
-        for columns in _samples(width)
-    ]
+    height, width = whole.size
+    places = [_warp_part(model, whole, (rows, columns)) for rows in _samples(height) for columns in _samples(width)]
     long, reference = (
         torch.cat([exposure.flatten(2) for exposure in exposures], 2)[..., None]
         for exposures in ([place.long for place in places], [place.reference for place in places])
     )
-    return measure_noise(long, reference, exposure_ratios(calibration.evs))
+    return measure_noise(long, reference, whole.ratios)
 
 
 def _samples(length: int) -> list[slice]:
@@ -318,9 +329,7 @@ def _samples(length: int) -> list[slice]:
 
 def _fuse_tile(
     model: SAFNet,
-    frames: Sequence[Frame],
-    calibration: Calibration,
-    alignment: Alignment,
+    whole: _Whole,
     noise: Tensor | None,
     tile: tuple[slice, slice],
 ) -> tuple[Tensor, Fusion]:
@@ -328,19 +337,18 @@ def _fuse_tile(
     radius = model.refinenet.RADIUS
     # Where the frame ends there is no margin: there the convolutions' own padding must act.
     outer, inner = zip(
-        *(_with_margin(span, radius, length) for span, length in zip(tile, frames[1].shape[2:], strict=True)),
+        *(_with_margin(span, radius, length) for span, length in zip(tile, whole.size, strict=True)),
         strict=True,
     )
-    part = _warp_part(model, frames, calibration, alignment, (outer[0], outer[1]))
+    part = _warp_part(model, whole, (outer[0], outer[1]))
     still = torch.zeros_like(part.alignment.flow_short)
     images = part.short[:, 0:3], part.reference[:, 0:3], part.long[:, 0:3], still, still
     if noise is None:
         aligned = part.alignment
         fused = safnet_ops.fused_fuse(*images, aligned.mask_short, aligned.mask_long, part.reference[:, 3:6])
     else:
-        ratios = exposure_ratios(calibration.evs)
         mask_long = part.alignment.mask_long
-        weights, mask_long = weigh_by_noise(part.short, part.reference, part.long, mask_long, ratios, noise)
+        weights, mask_long = weigh_by_noise(part.short, part.reference, part.long, mask_long, whole.ratios, noise)
         aligned = part.alignment._replace(mask_long=mask_long)
         fused = safnet_ops.fused_fuse(*images, aligned.mask_short, mask_long, weights=weights)
     fusion = Fusion(fused, aligned)

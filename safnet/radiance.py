@@ -68,6 +68,13 @@ def ldr_values(frame: Frame) -> Tensor:
     return frame.to(torch.float32, memory_format=torch.contiguous_format) * (1 / INTEGER_SCALES[frame.dtype])
 
 
+def code_values(frame: Frame) -> Tensor:
+    """The LDR value in [0, 1] of each code of a frame in the 8 or 16 bits of its file: float32."""
+    if isinstance(frame, StoredFrame):
+        return frame.table
+    return torch.arange(torch.iinfo(frame.dtype).max + 1).float() * (1 / INTEGER_SCALES[frame.dtype])
+
+
 def _look_up(frame: StoredFrame) -> Tensor:
     values = torch.empty(frame.shape, device=frame.codes.device)
     # By rows: torch looks up by indices of 32 bits, which for a whole picture would take twice its memory.
@@ -84,6 +91,41 @@ def linearize(ldr: Tensor, ratio: float) -> Tensor:
 def exposure_input(ldr: Tensor, ratio: float) -> Tensor:
     """LDR picture (N, 3, H, W) in [0, 1] -> the network's input (N, 6, H, W): linear RGB, then LDR RGB."""
     return torch.cat([linearize(ldr, ratio), ldr], 1)
+
+
+class ExposureReader:
+    """Reads cuts of a frame (N, 3, H, W) as the network's input (N, 6, h, w): see `exposure_input`.
+
+    What the bits of a file stand for is worked out once for each code and looked up.
+
+    Args:
+        frame: LDR values in any form that `ldr_values` takes.
+        ratio: exposure ratio.
+        straighten: LDR values, of any shape, to those of gamma 2.2.
+        device: of the result.
+    """
+
+    def __init__(
+        self, frame: Frame, ratio: float, straighten: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        self._frame, self._ratio, self._straighten, self._device = frame, ratio, straighten, device
+        self._tables = None
+        if not frame.dtype.is_floating_point:
+            ldr = straighten(code_values(frame))
+            self._tables = torch.stack([linearize(ldr, ratio), ldr]).to(device)
+
+    def read(self, rows: slice, columns: slice) -> Tensor:
+        cut = self._frame[:, :, rows, columns]
+        if self._tables is None:
+            return exposure_input(self._straighten(ldr_values(cut).to(self._device)), self._ratio)
+        codes = cut.codes if isinstance(cut, StoredFrame) else cut
+        indices = codes.to(self._device).to(torch.int32, memory_format=torch.contiguous_format)
+        n, channels, height, width = indices.shape
+        found = self._tables.new_empty(n, 2, channels, height, width)
+        for picture, values in zip(indices, found, strict=True):
+            for table, half in zip(self._tables, values, strict=True):
+                torch.index_select(table, 0, picture.view(-1), out=half.view(-1))
+        return found.flatten(1, 2)
 
 
 def tone_map(radiance: Tensor, mu: float = MU) -> Tensor:

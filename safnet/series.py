@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safnet.calibrate import BRIGHTEST, DARKEST
 from safnet.merge import CLIPPED, FADING, NOISE_EXPONENT
-from safnet.radiance import GAMMA, INTEGER_SCALES, Frame, StoredFrame, ldr_values
+from safnet.radiance import GAMMA, Frame, StoredFrame, code_values, ldr_values
 
 STAND_IN = (
     0.05  # stops by which the reference is made darker or lighter where it stands in for a frame that is not there
@@ -74,12 +74,10 @@ def threes(frames: Sequence[Frame], evs: Sequence[float], reference: int) -> lis
 def _lighter(frame: Frame, stops: float) -> Frame:
     """A frame as if it had been exposed longer."""
     factor = 2 ** (stops / GAMMA)
-    if isinstance(frame, StoredFrame):
-        return StoredFrame(frame.codes, (frame.table * factor).clamp(max=1))
-    if frame.dtype in INTEGER_SCALES:
-        codes = torch.arange(torch.iinfo(frame.dtype).max + 1)
-        return StoredFrame(frame, (codes / INTEGER_SCALES[frame.dtype] * factor).clamp(max=1).float())
-    return (frame * factor).clamp(max=1)
+    if isinstance(frame, Tensor) and frame.is_floating_point():
+        return (frame * factor).clamp(max=1)
+    codes = frame.codes if isinstance(frame, StoredFrame) else frame
+    return StoredFrame(codes, (code_values(frame) * factor).clamp(max=1))
 
 
 def merge_(radiance: Tensor, evs: Sequence[float], other: Tensor, other_evs: Sequence[float]) -> None:
