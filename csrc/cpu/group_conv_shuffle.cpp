@@ -444,26 +444,30 @@ TapGrid forward_grid(const View& input, const View& out, int64_t stride, int64_t
   return grid;
 }
 
-// Winograd's transformations cost as much as they save where a channel meets few others, and transforming the weights
-// where the picture is small. Half of a vector of float32 is the largest dilation whose columns are split by whole
-// vectors. `least`: outputs of each phase of the dilation.
-bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_out, int64_t least) {
+// Winograd's transformations cost as much as they save where a channel meets few others (fewer than `fewest`, as the
+// harmonic mean of two numbers of channels, halved), and transforming the weights where the picture is small. Half of a
+// vector of float32 is the largest dilation whose columns are split by whole vectors. `least`: outputs of each phase of
+// the dilation.
+bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in, int64_t channels_out, int64_t least,
+                     int64_t fewest) {
   const int64_t step = grid.row_step;
   return grid.in_stride == 1 && grid.taps == kMostTaps && (step == 1 || step == 2 || step == 4) &&
-         channels_in * channels_out >= 4 * (channels_in + channels_out) &&
+         channels_in * channels_out >= fewest * (channels_in + channels_out) &&
          pictures * grid.height * grid.width >= least * step * step;
 }
 
-constexpr int64_t kLeastFor2x2 = 64, kLeastFor4x4 = 256;
+constexpr int64_t kLeastFor2x2 = 64, kLeastFor4x4 = 256, kLeastOfFew = 4096;  // outputs
+constexpr int64_t kManyChannels = 4, kFewChannels = 1;
 
 // Side of the squares of outputs that are made at once. Double is for those who want its precision: F(4x4, 3x3) loses
 // some of it.
 int square_of(const ConvolutionArguments& a) {
-  const auto serves = [&](int64_t least) {
-    return a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out, least);
+  const auto serves = [&](int64_t least, int64_t fewest) {
+    return a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out, least, fewest);
   };
-  if (a.input.type != Type::kFloat64 && serves(kLeastFor4x4)) return 4;
-  return serves(kLeastFor2x2) ? 2 : 1;
+  if (a.input.type != Type::kFloat64 && (serves(kLeastFor4x4, kManyChannels) || serves(kLeastOfFew, kFewChannels)))
+    return 4;
+  return serves(kLeastFor2x2, kManyChannels) ? 2 : 1;
 }
 
 // Runs a convolution whose arguments are complete but for the tiles and the packed weights.
@@ -545,7 +549,7 @@ void weight_gradient(const View& input, const View& grad, const Tensor& grad_wei
   a.groups = groups, a.channels_in = input.size[1] / groups, a.channels_out = grad.size[1] / groups;
   a.out = grad_weight.data_ptr();
   a.grid = forward_grid(input, grad, stride, dilation);
-  a.winograd = winograd_serves(a.grid, input.size[0], a.channels_in, a.channels_out, kLeastFor2x2);
+  a.winograd = winograd_serves(a.grid, input.size[0], a.channels_in, a.channels_out, kLeastFor2x2, kManyChannels);
   if (a.winograd) cut_into_winograd_tiles(a.grid, input.size[0], a.channels_in + a.channels_out, a.input.type);
   else cut_into_tiles(a.grid, input.size[0], a.channels_in, a.channels_out, a.input.type, kCorrelatedBytes);
   a.tiles = tile_count(a.grid, input.size[0]);
