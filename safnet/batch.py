@@ -98,29 +98,30 @@ class Outcome(NamedTuple):
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def find_series(folder: Path, every: int | None = None) -> list[Series]:
+def find_series(folder: Path, every: int | None = None, besides: Sequence[Path] = ()) -> list[Series]:
     """All pictures of a folder in series, by file name.
 
     Args:
         every: so many make a bracket, whatever their exposures; None to tell brackets by exposures and times.
+        besides: pictures that are no frames though they may lie in the folder.
 
     Raises:
         ExposureError: the folder has no frames, or `every` does not divide their number.
     """
-    files = without_twins(find_frames(folder))
+    files = without_twins(find_frames(folder, besides))
     if not files:
         raise ExposureError(f"folder {folder} holds no frames")
     if every is not None:
         if len(files) % every:
             raise ExposureError(f"--every {every} does not fit the {len(files)} frames in {folder}")
         parts = [tuple(files[start : start + every]) for start in range(0, len(files), every)]
-        return [Series(part, part) if every == FRAMES else _by_exposures(part, folder) for part in parts]
-    exposed, unreadable = _exposed(files)
+        return [Series(part, part) if every == FRAMES else _by_exposures(part, besides) for part in parts]
+    exposed, unreadable = _exposed(files, besides)
     parts = [tuple(frame.path for frame, _ in part) for part in _split(exposed)]
-    return [*(_by_exposures(part, folder) for part in parts), *unreadable]
+    return [*(_by_exposures(part, besides) for part in parts), *unreadable]
 
 
-def _exposed(files: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Series]]:
+def _exposed(files: Sequence[Path], besides: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Series]]:
     """Headers with EVs, and what has none."""
     headers, rest = [], []
     for file in files:
@@ -129,7 +130,7 @@ def _exposed(files: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Se
         except ImageError as error:
             rest.append(Series((file,), reason=str(error)))
     table = exposure_file(headers) if headers else None
-    given = read_exposure_file(table, headers) if table is not None else None
+    given = read_exposure_file(table, headers, besides) if table is not None else None
     exposed = []
     for number, header in enumerate(headers):
         try:
@@ -181,11 +182,11 @@ def _taken(header: Header) -> datetime | None:
         return None
 
 
-def _by_exposures(files: tuple[Path, ...], folder: Path) -> Series:
+def _by_exposures(files: tuple[Path, ...], besides: Sequence[Path]) -> Series:
     """A series with the frames to fuse: all, or where these are too many or too close the darkest, middle and brightest."""
     if len(files) < FRAMES:
         return Series(files, reason=f"{len(files)} {'frame' if len(files) == 1 else 'frames'}")
-    exposed, unreadable = _exposed(files)
+    exposed, unreadable = _exposed(files, besides)
     if unreadable:
         return Series(files, reason=unreadable[0].reason)
     exposed.sort(key=lambda pair: pair[1])

@@ -14,11 +14,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import OpenImageIO as oiio
 import torch
 from PIL import Image
+from torch import Tensor
 
 from safnet import icc
 from safnet.choices import Depth
@@ -294,6 +296,38 @@ def _read_pixels(path: Path, colour: Colour) -> FramePicture:
             pixels = _coded(pixels, colour.curve)
     upright = np.broadcast_to(_upright(pixels, _orientation(spec)), _upright_shape(spec))
     return np.require(upright, requirements=["C", "W"])
+
+
+def read_mask(path: Path, width: int, height: int) -> Tensor:
+    """A painted picture as (1, 1, height, width) uint8, upright: its grey values as they stand, black where it is transparent.
+
+    Raises:
+        ImageError: it cannot be read, or has other proportions.
+    """
+    if not path.is_file():
+        raise ImageError(f"--mask {path} does not exist")
+    source = oiio.ImageInput.open(str(path))
+    if source is None:
+        raise ImageError(f"--mask {path} cannot be read: {_first_line(oiio.geterror())}")
+    try:
+        spec = source.spec()
+        channels = _colour_channels(path, spec)
+        pixels: Any = source.read_image(0, 0, 0, spec.nchannels, "float")  # multiplied by alpha
+        if pixels is None or source.has_error:
+            raise ImageError(f"--mask {path} cannot be read, it may be truncated: {_first_line(source.geterror())}")
+    finally:
+        source.close()
+    grey = _upright(pixels[:, :, channels].mean(2), _orientation(spec))
+    rows, columns = grey.shape
+    if abs(columns - rows * width / height) > 1 and abs(rows - columns * height / width) > 1:
+        raise ImageError(
+            f"--mask {path} must be {width} x {height} pixels like the frames, or have their proportions, got {columns} x "
+            f"{rows}"
+        )
+    way = cv2.INTER_AREA if columns > width else cv2.INTER_LINEAR
+    share = cv2.resize(np.nan_to_num(grey, nan=0.0).clip(0, 1), (width, height), interpolation=way)
+    codes = np.round(share * 255).astype(np.uint8)
+    return torch.from_numpy(codes)[None, None]
 
 
 def _has_gain_map(path: Path, spec: Any) -> bool:
