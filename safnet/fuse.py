@@ -123,22 +123,37 @@ def fuse_exposures(
     merging = Merging(ghosts, fusion_only, mask)
     _check_merging(merging, frames[0].shape)
     chosen = best_exposed(frames) if reference is None else reference
-    result, seen = None, list[float]()
+
+    def fuse_three(three: Three, first: Result | None) -> Result:
+        bracket = reduce_frames(three.frames, three.evs, global_motion) if alignment == "frame" else None
+        given = Calibration(three.evs, None if first is None else first.curve)
+        known = known_curve or first is not None
+        return _fuse_three(
+            model, three, bracket, given, measure, known, len(frames), merging, keep_fusion, tile, progress
+        )
+
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        for three in threes(frames, evs, chosen):
-            bracket = reduce_frames(three.frames, three.evs, global_motion) if alignment == "frame" else None
-            given = Calibration(three.evs, None if result is None else result.curve)
-            known = known_curve or result is not None
-            part = _fuse_three(
-                model, three, bracket, given, measure, known, len(frames), merging, keep_fusion, tile, progress
-            )
-            result = (
-                part._replace(evs=tuple(evs), given_evs=tuple(evs)) if result is None else _merged(result, seen, part)
-            )
-            result = result._replace(evs=_put(result.evs, three.numbers, part.evs))
-            seen += part.evs
-        assert result is not None
-        _in_units_of_darkest_(result, seen[0])
+        return fuse_threes(frames, evs, chosen, fuse_three)
+
+
+def fuse_threes(
+    frames: Sequence[Frame], evs: Sequence[float], reference: int, fuse_three: Callable[[Three, Result | None], Result]
+) -> Result:
+    """The result of a bracket from those of its threes (see `safnet.series`).
+
+    Args:
+        frames, evs: in ascending order of the EVs.
+        reference: its number.
+        fuse_three: makes a result of a three; it is also given what was made of those before.
+    """
+    result, seen = None, list[float]()
+    for three in threes(frames, evs, reference):
+        part = fuse_three(three, result)
+        result = part._replace(evs=tuple(evs), given_evs=tuple(evs)) if result is None else _merged(result, seen, part)
+        result = result._replace(evs=_put(result.evs, three.numbers, part.evs))
+        seen += part.evs
+    assert result is not None
+    _in_units_of_darkest_(result, seen[0])
     return result
 
 
