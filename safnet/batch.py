@@ -1,7 +1,8 @@
 """Whole shoots: which pictures of a folder are brackets, and all of them fused, one after another or by several processes.
 
-Pictures that follow each other make a bracket until an exposure comes again, the camera rests, or another kind of picture
-begins. What was fused is not fused again, so a run that was stopped goes on where it was.
+Pictures that follow each other make a bracket until the camera notes the first shot of another, or where it notes nothing an
+exposure comes again or the camera rests, or another kind of picture begins. What was fused is not fused again, so a run that
+was stopped goes on where it was.
 """
 
 import csv
@@ -31,6 +32,7 @@ from safnet.exposures import (
 )
 from safnet.files import write_text
 from safnet.images import Header, ImageError, find_frames, is_result, read_header
+from safnet.makers import Bracketing, read_bracketing
 from safnet.model import SAFNet
 from safnet.pipeline import FusionWarning, fuse_files
 from safnet.weights import load_model
@@ -143,17 +145,33 @@ def _exposed(files: Sequence[Path], besides: Sequence[Path]) -> tuple[list[tuple
 def _split(exposed: Sequence[tuple[Header, float]]) -> Iterator[list[tuple[Header, float]]]:
     """Cut a sequence of frames where another bracket begins."""
     part: list[tuple[Header, float]] = []
+    noted: Bracketing | None = None
     for header, ev in exposed:
-        if part and (
-            not _alike(part[-1][0], header)
-            or _rested(part[-1][0], header)
-            or any(abs(ev - other) < SAME_EXPOSURE for _, other in part)
-        ):
+        before, noted = noted, read_bracketing(header.path)
+        if part and _begins(part, header, ev, before, noted):
             yield part
             part = []
         part.append((header, ev))
     if part:
         yield part
+
+
+def _begins(
+    part: Sequence[tuple[Header, float]], header: Header, ev: float, before: Bracketing | None, noted: Bracketing | None
+) -> bool:
+    """Whether a frame begins another bracket than a part's: by what the camera noted of both, else by time and exposure."""
+    last = part[-1][0]
+    if not _alike(last, header):
+        return True
+    if before is not None and noted is not None:
+        if before.on != noted.on:
+            return True
+        if before.number is not None and noted.number is not None:
+            if noted.number <= before.number:
+                return True
+            if noted.number == before.number + 1:
+                return False
+    return _rested(last, header) or any(abs(ev - other) < SAME_EXPOSURE for _, other in part)
 
 
 def _alike(first: Header, second: Header) -> bool:
