@@ -552,7 +552,8 @@ def _tagged_colour(path: Path, spec: Any) -> Colour:
         if tags.get("gamma"):
             gamma = 1 / tags["gamma"]
             return Colour(space, LINEAR if abs(gamma - 1) < 0.01 else gamma_curve(gamma))
-        return Colour(space)
+        if space is not REC709:
+            return Colour(space)
     if spec.get_int_attribute("Exif:ColorSpace") == 1:
         return Colour(REC709, SRGB)
     if kind in JPEG_EXTENSIONS and _interoperability(path) == "R03":  # DCF's name of Adobe RGB

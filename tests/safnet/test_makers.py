@@ -52,7 +52,11 @@ def shoot(path, maker, make_note, time=1 / 50, seconds=0):
     exif = Image.Exif()
     exif[MAKER], exif[MODEL] = maker, "Model"
     note = make_note(0)
-    details = {0x829A: IFDRational(time), 0x9003: f"2026:06:01 12:{seconds // 60:02d}:{seconds % 60:02d}", MAKER_NOTE: note}
+    details = {
+        0x829A: IFDRational(time),
+        0x9003: f"2026:06:01 12:{seconds // 60:02d}:{seconds % 60:02d}",
+        MAKER_NOTE: note,
+    }
     exif.get_ifd(EXIF_IFD).update(details)
     Image.fromarray(np.full((32, 48, 3), 90, np.uint8)).save(path, exif=exif)
     data = path.read_bytes()
