@@ -305,21 +305,21 @@ def read_mask(path: Path, width: int, height: int) -> Tensor:
         ImageError: it cannot be read, or has other proportions.
     """
     if not path.is_file():
-        raise ImageError(f"--mask {path} does not exist")
-    source = oiio.ImageInput.open(str(path))
-    if source is None:
-        raise ImageError(f"--mask {path} cannot be read: {_first_line(oiio.geterror())}")
-    try:
+        raise ImageError(f"--mask {path} is no file")
+    with _silent_codecs():
+        source = oiio.ImageInput.open(str(path))
+        if source is None:
+            raise ImageError(f"--mask {path} cannot be read: {_first_line(oiio.geterror())}")
         spec = source.spec()
-        channels = _colour_channels(path, spec)
         pixels: Any = source.read_image(0, 0, 0, spec.nchannels, "float")  # multiplied by alpha
-        if pixels is None or source.has_error:
-            raise ImageError(f"--mask {path} cannot be read, it may be truncated: {_first_line(source.geterror())}")
-    finally:
+        failure = _first_line(source.geterror()) if pixels is None or source.has_error else None
         source.close()
+    if failure is not None:
+        raise ImageError(f"--mask {path} cannot be read, it may be truncated: {failure}")
+    channels = _colour_channels(path, spec)
     grey = _upright(pixels[:, :, channels].mean(2), _orientation(spec))
     rows, columns = grey.shape
-    if abs(columns - rows * width / height) > 1 and abs(rows - columns * height / width) > 1:
+    if abs(columns - rows * width / height) > 1 or abs(rows - columns * height / width) > 1:
         raise ImageError(
             f"--mask {path} must be {width} x {height} pixels like the frames, or have their proportions, got {columns} x "
             f"{rows}"

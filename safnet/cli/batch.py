@@ -69,7 +69,7 @@ def batch(
         parse_curve(curve)
         check_look(tonemap, look)
         if mask is not None and not mask.is_file():
-            raise ValueError(f"--mask {mask} does not exist")
+            raise ValueError(f"--mask {mask} is no file")
         folder, output, mask = folder.resolve(), output.resolve(), None if mask is None else mask.resolve()
         series = find_series(folder, every, [] if mask is None else [mask])
         brackets = [one for one in series if one.chosen]

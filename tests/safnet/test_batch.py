@@ -214,7 +214,7 @@ def test_a_mask_serves_all_brackets(tmp_path, weights):
         frame = read_ldr(card / f"IMG_{number:04d}.jpg")
         found = oiio.ImageInput.open(str(out / f"IMG_{number:04d}.exr")).read_image("float")
         assert np.allclose(found, frame**2.2 / 4, rtol=2e-3, atol=1e-6)
-    assert "--mask gone.png does not exist" in run(card, "-o", out, "--mask", "gone.png", *more).stderr
+    assert "--mask gone.png is no file" in run(card, "-o", out, "--mask", "gone.png", *more).stderr
 
 
 def test_it_asks_unless_told_not_to(card, tmp_path, weights):

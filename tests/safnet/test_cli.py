@@ -535,8 +535,10 @@ def test_a_mask_in_the_folder_is_no_frame(tmp_path, folder, weights, radiance):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone.png", r"--mask \S+gone\.png does not exist"),
+        ("gone.png", r"--mask \S+gone\.png is no file"),
         ("text.png", r"--mask \S+text\.png cannot be read"),
+        ("", r"--mask \S+ is no file"),
+        ("cut.png", r"--mask \S+cut\.png cannot be read, it may be truncated"),
         ("square.png", r"--mask \S+square\.png must be \d+ x \d+ pixels like the frames, or .* got 30 x 30"),
         ("frames/a.png", r"--mask \S+a\.png is a frame too"),
         ("result.exr", r"--output \S+result\.exr is --mask too"),
@@ -545,6 +547,7 @@ def test_a_mask_in_the_folder_is_no_frame(tmp_path, folder, weights, radiance):
 def test_masks_that_cannot_be_are_refused(tmp_path, frames, weights, name, message):
     (tmp_path / "text.png").write_text("white")
     save_mask(tmp_path / "square.png", np.zeros((30, 30), np.uint8))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "square.png").read_bytes()[:60])
     (tmp_path / "result.exr").write_bytes(b"")
     outcome = fuse(
         *frames, "--ev", 2, -2, 0, "--model", weights, "--mask", tmp_path / name, "-o", tmp_path / "result.exr",
