@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import safnet_ops
+from safnet.choices import Ghosts
 from safnet.model import SIZE_MULTIPLE, Alignment, SAFNet
 from safnet.motion import Motion, apply_motion, estimate_motion, motion_at, motion_flow
 from safnet.radiance import GAMMA, Frame, exposure_input, exposure_ratios, ldr_values, map_codes
@@ -28,6 +29,8 @@ LARGEST_DISAGREEMENT = (
 STILL = 2.0  # pixels of the network's size, up to which a flow may be an error of what did not move
 STILL_RADIUS = 4  # pixels to each side over which frames are compared with flow and without
 HIDDEN = -20.0  # logit of a mask where the reference alone serves
+TRUSTED = 20.0  # logit where an outer exposure counts fully
+DOUBT = 2.0  # by which logits are lower where the outer exposures are to count only if the network is sure
 
 
 class Bracket(NamedTuple):
@@ -107,6 +110,19 @@ def align(
     ratios = exposure_ratios(evs)
     alignment, disagreement = _finest_worthwhile(model, exposures, ratios)
     return _with_motion(_hold_still(exposures, alignment, ratios), disagreement, bracket)
+
+
+def judge(alignment: Alignment, ghosts: Ghosts) -> Alignment:
+    """The alignment with masks that trust the outer exposures wherever they reach (ghosts "off"), as the network does
+    ("normal"), or only where it is sure ("strong").
+    """
+    if ghosts == "normal":
+        return alignment
+    short, long = (
+        mask.masked_fill(mask > HIDDEN, TRUSTED) if ghosts == "off" else mask - DOUBT
+        for mask in (alignment.mask_short, alignment.mask_long)
+    )
+    return alignment._replace(mask_short=short, mask_long=long)
 
 
 def full_size(alignment: Alignment, height: int, width: int, rows: slice, columns: slice) -> Alignment:

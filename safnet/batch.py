@@ -1,7 +1,8 @@
 """Whole shoots: which pictures of a folder are brackets, and all of them fused, one after another or by several processes.
 
-Pictures that follow each other make a bracket until an exposure comes again, the camera rests, or another kind of picture
-begins. What was fused is not fused again, so a run that was stopped goes on where it was.
+Pictures that follow each other make a bracket until the camera notes the first shot of another, or where it notes nothing an
+exposure comes again or the camera rests, or another kind of picture begins. What was fused is not fused again, so a run that
+was stopped goes on where it was.
 """
 
 import csv
@@ -31,6 +32,7 @@ from safnet.exposures import (
 )
 from safnet.files import write_text
 from safnet.images import Header, ImageError, find_frames, is_result, read_header
+from safnet.makers import Bracketing, read_bracketing
 from safnet.model import SAFNet
 from safnet.pipeline import FusionWarning, fuse_files
 from safnet.weights import load_model
@@ -98,29 +100,30 @@ class Outcome(NamedTuple):
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def find_series(folder: Path, every: int | None = None) -> list[Series]:
+def find_series(folder: Path, every: int | None = None, besides: Sequence[Path] = ()) -> list[Series]:
     """All pictures of a folder in series, by file name.
 
     Args:
         every: so many make a bracket, whatever their exposures; None to tell brackets by exposures and times.
+        besides: pictures that are no frames though they may lie in the folder.
 
     Raises:
         ExposureError: the folder has no frames, or `every` does not divide their number.
     """
-    files = without_twins(find_frames(folder))
+    files = without_twins(find_frames(folder, besides))
     if not files:
         raise ExposureError(f"folder {folder} holds no frames")
     if every is not None:
         if len(files) % every:
             raise ExposureError(f"--every {every} does not fit the {len(files)} frames in {folder}")
         parts = [tuple(files[start : start + every]) for start in range(0, len(files), every)]
-        return [Series(part, part) if every == FRAMES else _by_exposures(part, folder) for part in parts]
-    exposed, unreadable = _exposed(files)
+        return [Series(part, part) if every == FRAMES else _by_exposures(part, besides) for part in parts]
+    exposed, unreadable = _exposed(files, besides)
     parts = [tuple(frame.path for frame, _ in part) for part in _split(exposed)]
-    return [*(_by_exposures(part, folder) for part in parts), *unreadable]
+    return [*(_by_exposures(part, besides) for part in parts), *unreadable]
 
 
-def _exposed(files: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Series]]:
+def _exposed(files: Sequence[Path], besides: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Series]]:
     """Headers with EVs, and what has none."""
     headers, rest = [], []
     for file in files:
@@ -129,7 +132,7 @@ def _exposed(files: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Se
         except ImageError as error:
             rest.append(Series((file,), reason=str(error)))
     table = exposure_file(headers) if headers else None
-    given = read_exposure_file(table, headers) if table is not None else None
+    given = read_exposure_file(table, headers, besides) if table is not None else None
     exposed = []
     for number, header in enumerate(headers):
         try:
@@ -142,17 +145,33 @@ def _exposed(files: Sequence[Path]) -> tuple[list[tuple[Header, float]], list[Se
 def _split(exposed: Sequence[tuple[Header, float]]) -> Iterator[list[tuple[Header, float]]]:
     """Cut a sequence of frames where another bracket begins."""
     part: list[tuple[Header, float]] = []
+    noted: Bracketing | None = None
     for header, ev in exposed:
-        if part and (
-            not _alike(part[-1][0], header)
-            or _rested(part[-1][0], header)
-            or any(abs(ev - other) < SAME_EXPOSURE for _, other in part)
-        ):
+        before, noted = noted, read_bracketing(header.path)
+        if part and _begins(part, header, ev, before, noted):
             yield part
             part = []
         part.append((header, ev))
     if part:
         yield part
+
+
+def _begins(
+    part: Sequence[tuple[Header, float]], header: Header, ev: float, before: Bracketing | None, noted: Bracketing | None
+) -> bool:
+    """Whether a frame begins another bracket than a part's: by what the camera noted of both, else by time and exposure."""
+    last = part[-1][0]
+    if not _alike(last, header):
+        return True
+    if before is not None and noted is not None:
+        if before.on != noted.on:
+            return True
+        if before.number is not None and noted.number is not None:
+            if noted.number <= before.number:
+                return True
+            if noted.number == before.number + 1:
+                return False
+    return _rested(last, header) or any(abs(ev - other) < SAME_EXPOSURE for _, other in part)
 
 
 def _alike(first: Header, second: Header) -> bool:
@@ -181,11 +200,11 @@ def _taken(header: Header) -> datetime | None:
         return None
 
 
-def _by_exposures(files: tuple[Path, ...], folder: Path) -> Series:
+def _by_exposures(files: tuple[Path, ...], besides: Sequence[Path]) -> Series:
     """A series with the frames to fuse: all, or where these are too many or too close the darkest, middle and brightest."""
     if len(files) < FRAMES:
         return Series(files, reason=f"{len(files)} {'frame' if len(files) == 1 else 'frames'}")
-    exposed, unreadable = _exposed(files)
+    exposed, unreadable = _exposed(files, besides)
     if unreadable:
         return Series(files, reason=unreadable[0].reason)
     exposed.sort(key=lambda pair: pair[1])

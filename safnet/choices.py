@@ -13,6 +13,7 @@ PanoramaSplit = Literal["train", "validation", "all"]
 Depth = Literal["half", "float", "uint16"]  # numbers in radiance files
 ToneMap = Literal["photo", "reinhard", "mu-law"]
 Look = Literal["natural", "neutral", "flat"]  # of the tone map "photo"
+Ghosts = Literal["off", "normal", "strong"]  # how far the outer exposures are distrusted
 ColourSpace = Literal["rec709", "p3", "rec2020", "input"]  # of results; input: the frames' own primaries
 
 FEWEST_FRAMES, MOST_FRAMES = 2, 9  # of a bracket

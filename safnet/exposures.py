@@ -62,6 +62,7 @@ def open_bracket(
     besides: Sequence[Path] = (),
     curve: Curve | None = None,
     reference: Path | None = None,
+    mask: Path | None = None,
 ) -> Bracket:
     """Look at two to nine frames, or at those in a folder, without reading their pixels, and sort them by exposure.
 
@@ -71,25 +72,27 @@ def open_bracket(
         besides: files that are to be written: they are no frames though they may lie in the folder.
         curve: of the frames, if not that which they state themselves.
         reference: the frame to align to.
+        mask: a picture that is no frame though it may lie in the folder.
 
     Raises:
         ExposureError, ImageError: not two to nine frames, of different sizes, unreadable, or without usable exposures; a
             reference that is none of them.
     """
+    masks = [] if mask is None else [mask]
     if len(paths) == 1 and paths[0].is_dir():
         for path in besides:
             if path.resolve() in [frame.resolve() for frame in find_frames(paths[0])]:
                 raise ImageError(
                     f"{path} is a picture of the folder whose frames are to be fused; write to another name"
                 )
-        files = without_twins(find_frames(paths[0]))
+        files = without_twins(find_frames(paths[0], masks))
         _check_count(files, f"folder {paths[0]} must hold {FEWEST_FRAMES} to {MOST_FRAMES} frames", paths[0])
     else:
         files = list(paths)
         _check_count(files, f"frames must be {FEWEST_FRAMES} to {MOST_FRAMES} files or one folder")
     frames = [read_header(file, curve) for file in files]
     _check_alike(frames)
-    pairs = sorted(zip(find_evs(frames, given, besides), frames, strict=True), key=lambda pair: pair[0])
+    pairs = sorted(zip(find_evs(frames, given, [*besides, *masks]), frames, strict=True), key=lambda pair: pair[0])
     return Bracket(
         tuple(frame for _, frame in pairs), tuple(ev for ev, _ in pairs), _number_of(reference, [f for _, f in pairs])
     )

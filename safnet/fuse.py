@@ -6,16 +6,16 @@ the refine module sees, so that no seam can arise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 import safnet_ops
 from safnet.advice import NAMES, advise
-from safnet.align import Aligned, Bracket, align, full_size, reduce_frames
+from safnet.align import Aligned, Bracket, align, full_size, judge, reduce_frames
 from safnet.calibrate import Calibration, calibrate, check_bracket
-from safnet.choices import FEWEST_FRAMES, MOST_FRAMES
+from safnet.choices import FEWEST_FRAMES, MOST_FRAMES, Ghosts
 from safnet.merge import measure_noise, trust_in_refining, weigh_by_noise
 from safnet.model import Alignment, Fusion, SAFNet
 from safnet.radiance import (
@@ -61,6 +61,14 @@ class Result(NamedTuple):
     reference: int = 1
 
 
+class Merging(NamedTuple):
+    """How aligned exposures are merged: the arguments of these names of `fuse_exposures`."""
+
+    ghosts: Ghosts = "normal"
+    fusion_only: bool = False
+    mask: Tensor | None = None
+
+
 def fuse_exposures(
     model: SAFNet,
     frames: Sequence[Frame],
@@ -71,6 +79,9 @@ def fuse_exposures(
     known_curve: bool = False,
     alignment: Literal["frame", "paper"] = "frame",
     global_motion: bool = True,
+    ghosts: Ghosts = "normal",
+    fusion_only: bool = False,
+    mask: Tensor | None = None,
     keep_fusion: bool = True,
     tile: int | None = None,
     precision: torch.dtype = torch.float32,
@@ -93,6 +104,11 @@ def fuse_exposures(
         alignment: "frame": as far as the frame needs, whatever its size (see `safnet.align`). "paper": four levels on the
             frame at half size, which makes the result, unless measuring, that of the model's forward to 1e-4.
         global_motion: of alignment "frame": look for the motion of the whole camera first.
+        ghosts: "normal": the outer frames count where the network's masks say so. "off": everywhere, as in a scene in which
+            nothing moves by itself. "strong": only where the network is sure.
+        fusion_only: leave the refine module out: every pixel is a weighted mean of photographed ones, nothing is invented.
+        mask: (1, 1, H, W), in [0, 1], or uint8 in which 255 is 1: share of the reference alone, as it was exposed, in each
+            pixel of the result.
         keep_fusion: keep the explicit fusion, flows and masks in the result, which take three times its memory.
         tile: side of tiles in pixels; 0 for the whole frame, None for `default_tile`.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
@@ -100,24 +116,44 @@ def fuse_exposures(
 
     Raises:
         ValueError: not two to nine frames of one such shape, type and range, not as many finite EVs that ascend, a negative
-            tile, or a reference that is no frame's number.
+            tile, a mask of another shape or range, or a reference that is no frame's number.
     """
     device = next(model.parameters()).device
     _check(frames, evs, tile, reference)
+    merging = Merging(ghosts, fusion_only, mask)
+    _check_merging(merging, frames[0].shape)
     chosen = best_exposed(frames) if reference is None else reference
-    result, seen = None, list[float]()
+
+    def fuse_three(three: Three, first: Result | None) -> Result:
+        bracket = reduce_frames(three.frames, three.evs, global_motion) if alignment == "frame" else None
+        given = Calibration(three.evs, None if first is None else first.curve)
+        known = known_curve or first is not None
+        return _fuse_three(
+            model, three, bracket, given, measure, known, len(frames), merging, keep_fusion, tile, progress
+        )
+
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        for three in threes(frames, evs, chosen):
-            bracket = reduce_frames(three.frames, three.evs, global_motion) if alignment == "frame" else None
-            given = Calibration(three.evs, None if result is None else result.curve)
-            known = known_curve or result is not None
-            part = _fuse_three(model, three, bracket, given, measure, known, len(frames), keep_fusion, tile, progress)
-            result = (
-                part._replace(evs=tuple(evs), given_evs=tuple(evs)) if result is None else _merged(result, seen, part)
-            )
-            result = result._replace(evs=_put(result.evs, three.numbers, part.evs))
-            seen += part.evs
+        return fuse_threes(frames, evs, chosen, fuse_three)
+
+
+def fuse_threes(
+    frames: Sequence[Frame], evs: Sequence[float], reference: int, fuse_three: Callable[[Three, Result | None], Result]
+) -> Result:
+    """The result of a bracket from those of its threes (see `safnet.series`).
+
+    Args:
+        frames, evs: in ascending order of the EVs.
+        reference: its number.
+        fuse_three: makes a result of a three; it is also given what was made of those before.
+    """
+    result, seen = None, list[float]()
+    for three in threes(frames, evs, reference):
+        part = fuse_three(three, result)
+        result = part._replace(evs=tuple(evs), given_evs=tuple(evs)) if result is None else _merged(result, seen, part)
+        result = result._replace(evs=_put(result.evs, three.numbers, part.evs))
+        seen += part.evs
     assert result is not None
+    _in_units_of_darkest_(result, seen[0])
     return result
 
 
@@ -129,6 +165,7 @@ def _fuse_three(
     measure: bool,
     known_curve: bool,
     count: int,
+    merging: Merging,
     keep_fusion: bool,
     tile: int | None,
     progress: Progress,
@@ -145,7 +182,7 @@ def _fuse_three(
     exposures = [
         ExposureReader(frame, ratio, found.straighten, device) for frame, ratio in zip(frames, ratios, strict=True)
     ]
-    whole = _Whole(exposures, ratios, (height, width), aligned.alignment)
+    whole = _Whole(exposures, ratios, (height, width), judge(aligned.alignment, merging.ghosts))
     noise = _measure_noise(model, whole) if bracket is not None else None
     progress("aligning", 1, 1)
     if tile is None:
@@ -155,7 +192,7 @@ def _fuse_three(
     radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)
     fusion = _empty_fusion(height, width) if keep_fusion else None
     for number, (rows, columns) in enumerate(tiles, 1):
-        refined, part = _fuse_tile(model, whole, noise, (rows, columns))
+        refined, part = _fuse_tile(model, whole, noise, (rows, columns), merging)
         radiance[..., rows, columns] = refined
         if fusion is not None:
             fusion.fused[..., rows, columns] = part.fused
@@ -188,6 +225,15 @@ def _merged(result: Result, evs: Sequence[float], part: Result) -> Result:
     return result._replace(advice=result.advice + new)
 
 
+def _in_units_of_darkest_(result: Result, ev: float) -> None:
+    """From units of an exposure of this EV: another one if the reference stood in for a darker frame."""
+    if ev == result.evs[0]:
+        return
+    for picture in (result.radiance, result.fusion.fused if result.fusion is not None else None):
+        if picture is not None:
+            picture.mul_(2.0 ** (result.evs[0] - ev)).clamp_(max=1)
+
+
 def _put(evs: Sequence[float], numbers: Sequence[int | None], new: Sequence[float]) -> tuple[float, ...]:
     """EVs of all frames with new ones for some."""
     changed = {number: ev for number, ev in zip(numbers, new, strict=True) if number is not None}
@@ -209,6 +255,23 @@ def _check(frames: Sequence[Frame], evs: Sequence[float], tile: int | None, refe
             raise ValueError(f"fuse_exposures: the {name} frame must have values in [0, 1], got {low:g} to {high:g}")
     if tile is not None and tile < 0:
         raise ValueError(f"fuse_exposures: tile must be at least 0, got {tile}")
+
+
+def _check_merging(merging: Merging, shape: torch.Size) -> None:
+    if merging.ghosts not in get_args(Ghosts):
+        raise ValueError(f"fuse_exposures: ghosts must be {', '.join(get_args(Ghosts))}, got {merging.ghosts!r}")
+    if (mask := merging.mask) is None:
+        return
+    expected = (1, 1, *shape[2:])
+    if mask.shape != expected:
+        raise ValueError(f"fuse_exposures: mask must be {expected}, got {tuple(mask.shape)}")
+    if mask.dtype == torch.uint8:
+        return
+    if mask.dtype != torch.float32:
+        raise ValueError(f"fuse_exposures: mask must be float32 or uint8, got {mask.dtype}")
+    low, high = (limit.item() for limit in mask.aminmax())
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"fuse_exposures: mask must have values in [0, 1], got {low:g} to {high:g}")
 
 
 def _whole_exposures(
@@ -332,6 +395,7 @@ def _fuse_tile(
     whole: _Whole,
     noise: Tensor | None,
     tile: tuple[slice, slice],
+    merging: Merging,
 ) -> tuple[Tensor, Fusion]:
     """Refined result and explicit fusion of one tile of the frame."""
     radius = model.refinenet.RADIUS
@@ -343,19 +407,25 @@ def _fuse_tile(
     part = _warp_part(model, whole, (outer[0], outer[1]))
     still = torch.zeros_like(part.alignment.flow_short)
     images = part.short[:, 0:3], part.reference[:, 0:3], part.long[:, 0:3], still, still
-    if noise is None:
-        aligned = part.alignment
-        fused = safnet_ops.fused_fuse(*images, aligned.mask_short, aligned.mask_long, part.reference[:, 3:6])
-    else:
-        mask_long = part.alignment.mask_long
-        weights, mask_long = weigh_by_noise(part.short, part.reference, part.long, mask_long, whole.ratios, noise)
-        aligned = part.alignment._replace(mask_long=mask_long)
-        fused = safnet_ops.fused_fuse(*images, aligned.mask_short, mask_long, weights=weights)
-    fusion = Fusion(fused, aligned)
-    residual = model.refinenet.body(part.features, part.reference, fusion)
+    reference_ldr, masks, weights = part.reference[:, 3:6], part.alignment[2:], None
     if noise is not None:
-        residual = residual * trust_in_refining(part.reference[:, 3:6])
-    refined = (fused + residual).clamp(0, 1)
+        weights, mask_long = weigh_by_noise(part.short, part.reference, part.long, masks[1], whole.ratios, noise)
+        masks = masks[0], mask_long
+    if merging.mask is not None:
+        rows, columns = outer
+        free = 1 - ldr_values(merging.mask[:, :, rows, columns]).to(masks[0].device)
+        masks = masks[0] * free, masks[1] * free
+    aligned = Alignment(*part.alignment[:2], *masks)
+    fused = safnet_ops.fused_fuse(*images, *masks, None if weights else reference_ldr, weights=weights)
+    fusion, refined = Fusion(fused, aligned), fused
+    if not merging.fusion_only:
+        residual = model.refinenet.body(part.features, part.reference, fusion)
+        if noise is not None:
+            residual = residual * trust_in_refining(reference_ldr)
+        if merging.mask is not None:
+            residual = residual * free
+        refined = fused + residual
+    refined = refined.clamp(0, 1)
     cut = (..., *inner)
     return refined[cut], Fusion(fused[cut], Alignment(*(field[cut] for field in aligned)))
 

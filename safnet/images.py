@@ -14,11 +14,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import OpenImageIO as oiio
 import torch
 from PIL import Image
+from torch import Tensor
 
 from safnet import icc
 from safnet.choices import Depth
@@ -296,6 +298,38 @@ def _read_pixels(path: Path, colour: Colour) -> FramePicture:
     return np.require(upright, requirements=["C", "W"])
 
 
+def read_mask(path: Path, width: int, height: int) -> Tensor:
+    """A painted picture as (1, 1, height, width) uint8, upright: its grey values as they stand, black where it is transparent.
+
+    Raises:
+        ImageError: it cannot be read, or has other proportions.
+    """
+    if not path.is_file():
+        raise ImageError(f"--mask {path} is no file")
+    with _silent_codecs():
+        source = oiio.ImageInput.open(str(path))
+        if source is None:
+            raise ImageError(f"--mask {path} cannot be read: {_first_line(oiio.geterror())}")
+        spec = source.spec()
+        pixels: Any = source.read_image(0, 0, 0, spec.nchannels, "float")  # multiplied by alpha
+        failure = _first_line(source.geterror()) if pixels is None or source.has_error else None
+        source.close()
+    if failure is not None:
+        raise ImageError(f"--mask {path} cannot be read, it may be truncated: {failure}")
+    channels = _colour_channels(path, spec)
+    grey = _upright(pixels[:, :, channels].mean(2), _orientation(spec))
+    rows, columns = grey.shape
+    if abs(columns - rows * width / height) > 1 or abs(rows - columns * height / width) > 1:
+        raise ImageError(
+            f"--mask {path} must be {width} x {height} pixels like the frames, or have their proportions, got {columns} x "
+            f"{rows}"
+        )
+    way = cv2.INTER_AREA if columns > width else cv2.INTER_LINEAR
+    share = cv2.resize(np.nan_to_num(grey, nan=0.0).clip(0, 1), (width, height), interpolation=way)
+    codes = np.round(share * 255).astype(np.uint8)
+    return torch.from_numpy(codes)[None, None]
+
+
 def _has_gain_map(path: Path, spec: Any) -> bool:
     """Whether a JPEG is an Ultra HDR one, as phones write them. OpenImageIO makes floats of both of its pictures; an exposure
     is the one that is shown."""
@@ -518,7 +552,8 @@ def _tagged_colour(path: Path, spec: Any) -> Colour:
         if tags.get("gamma"):
             gamma = 1 / tags["gamma"]
             return Colour(space, LINEAR if abs(gamma - 1) < 0.01 else gamma_curve(gamma))
-        return Colour(space)
+        if space is not REC709:
+            return Colour(space)
     if spec.get_int_attribute("Exif:ColorSpace") == 1:
         return Colour(REC709, SRGB)
     if kind in JPEG_EXTENSIONS and _interoperability(path) == "R03":  # DCF's name of Adobe RGB

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from safnet.choices import ColourSpace, Depth, Look, ToneMap
+from safnet.choices import ColourSpace, Depth, Ghosts, Look, ToneMap
 from safnet.colour import REC709, SPACES, Space, conversion, convert_, parse_curve
 from safnet.exposures import Bracket, open_bracket
 from safnet.fuse import TILE, Progress, Result, default_tile, fuse_exposures
@@ -21,6 +21,7 @@ from safnet.images import (
     ImageError,
     check_destination,
     read_frames,
+    read_mask,
     write_picture,
     write_radiance,
 )
@@ -49,6 +50,9 @@ def fuse_files(
     reference: AnyPath | None = None,
     measure: bool = True,
     global_motion: bool = True,
+    ghosts: Ghosts = "normal",
+    fusion_only: bool = False,
+    mask: AnyPath | None = None,
     model: SAFNet | AnyPath = "safnet-s",
     device: str = "auto",
     precision: torch.dtype = torch.float32,
@@ -77,6 +81,8 @@ def fuse_files(
         reference: the frame to align to; None for the middle one of three, the best exposed one of others.
         measure: find out the true exposures and the camera's curve, instead of trusting `evs` and assuming gamma 2.2.
         global_motion: look for the motion of the whole camera first, as between handheld frames.
+        ghosts, fusion_only: see `fuse_exposures`.
+        mask: a painted picture: where it is white the reference alone serves, as it was exposed; greys blend.
         model: one in eval mode, which stays where it is, or what `load_model` takes.
         device: where a model that is loaded here shall run: one of torch's, or "auto" for a GPU if there is one.
         precision, tile, progress: see `fuse_exposures`; here there are the stages "reading" and "writing" too.
@@ -108,10 +114,13 @@ def fuse_files(
         FusionWarning: frames do not fit together, as `Result.advice` says; the processor lacks arithmetic of that precision.
     """
     frames = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    output, preview, inspect = (None if path is None else Path(path) for path in (output, preview, inspect))
+    output, preview, inspect, mask, reference = (
+        None if path is None else Path(path) for path in (output, preview, inspect, mask, reference)
+    )
     check_look(tonemap, look)
-    results = check_destinations(frames, output, depth, preview, inspect, overwrite)
-    bracket = open_bracket(frames, evs, results, parse_curve(curve), None if reference is None else Path(reference))
+    results = check_destinations(frames, output, depth, preview, inspect, overwrite, mask)
+    bracket = open_bracket(frames, evs, results, parse_curve(curve), reference, mask)
+    painted = None if mask is None else read_mask(mask, *bracket.size)
     target = SPACES.get(space, bracket.space)
     if output is not None and output.suffix.lower() in REC709_EXTENSIONS and conversion(target, REC709) is not None:
         raise ImageError(
@@ -139,6 +148,9 @@ def fuse_files(
             measure=measure,
             known_curve=bracket.has_known_curve,
             global_motion=global_motion,
+            ghosts=ghosts,
+            fusion_only=fusion_only,
+            mask=painted,
             keep_fusion=inspected,
             tile=tile,
             precision=precision,
@@ -177,6 +189,7 @@ def check_destinations(
     preview: Path | None,
     inspect: Path | None,
     overwrite: bool,
+    mask: Path | None = None,
 ) -> list[Path]:
     """All files that `fuse_files` will write. Raises ImageError where it may not, or where two are one file."""
     results = {}
@@ -199,7 +212,8 @@ def check_destinations(
                 check_destination("--inspect", inspect / name, PICTURE_EXTENSIONS, overwrite)
             results[f"--inspect {name}"] = inspect / name
     taken = {frame.resolve(): "a frame" for frame in frames}
-    for option, path in results.items():
+    read = {} if mask is None else {"--mask": mask}
+    for option, path in {**read, **results}.items():
         if (other := taken.setdefault(path.resolve(), option)) != option:
             raise ImageError(f"{option} {path} is {other} too; give it another name")
     return list(results.values())

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from safnet import choices
-from safnet.cli.options import Device, Model, Overwrite, Precision, Threads, Tile
+from safnet.cli.options import Device, FusionOnly, Ghosts, Mask, Model, Overwrite, Precision, Threads, Tile
 from safnet.cli.terminal import one_line_errors, progress_bar
 
 INCOMPLETE = 1  # exit code of --strict
@@ -34,6 +34,9 @@ def batch(
     measure: Annotated[
         bool, typer.Option("--measure/--trust", help="Measure exposures and camera curve, or trust EVs and gamma 2.2.")
     ] = True,
+    ghosts: Ghosts = "normal",
+    fusion_only: FusionOnly = False,
+    mask: Mask = None,
     curve: Annotated[str, typer.Option(metavar="CURVE", help="Curve of the frames: as of safnet fuse.")] = "auto",
     space: Annotated[choices.ColourSpace, typer.Option(help="Primaries of the results.")] = "rec709",
     tonemap: Annotated[choices.ToneMap, typer.Option(help="Tone map of previews.")] = "photo",
@@ -65,8 +68,10 @@ def batch(
         evs = None if ev is None else parse_evs(ev)
         parse_curve(curve)
         check_look(tonemap, look)
-        folder, output = folder.resolve(), output.resolve()
-        series = find_series(folder, every)
+        if mask is not None and not mask.is_file():
+            raise ValueError(f"--mask {mask} is no file")
+        folder, output, mask = folder.resolve(), output.resolve(), None if mask is None else mask.resolve()
+        series = find_series(folder, every, [] if mask is None else [mask])
         brackets = [one for one in series if one.chosen]
         for one in series:
             names = " ".join(frame.name for frame in one.chosen or one.frames)
@@ -80,6 +85,9 @@ def batch(
         options = {
             "evs": evs,
             "measure": measure,
+            "ghosts": ghosts,
+            "fusion_only": fusion_only,
+            "mask": mask,
             "curve": curve,
             "space": space,
             "tonemap": tonemap,

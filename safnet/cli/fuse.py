@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from safnet import choices
-from safnet.cli.options import Device, Model, Overwrite, Precision, Threads, Tile
+from safnet.cli.options import Device, FusionOnly, Ghosts, Mask, Model, Overwrite, Precision, Threads, Tile
 from safnet.cli.terminal import notes, one_line_errors, peak_memory, progress_bar, use_threads
 
 
@@ -48,6 +48,9 @@ def fuse(
     global_motion: Annotated[
         bool, typer.Option("--global/--no-global", help="Look for the motion of the whole camera first.")
     ] = True,
+    ghosts: Ghosts = "normal",
+    fusion_only: FusionOnly = False,
+    mask: Mask = None,
     curve: Annotated[
         str,
         typer.Option(
@@ -103,6 +106,9 @@ def fuse(
                 reference=reference,
                 measure=measure,
                 global_motion=global_motion,
+                ghosts=ghosts,
+                fusion_only=fusion_only,
+                mask=mask,
                 model=model,
                 device=device,
                 precision=getattr(torch, precision),

@@ -16,7 +16,7 @@ import OpenImageIO as oiio
 import torch
 from torch import Tensor
 
-from safnet.choices import DatasetName, Split
+from safnet.choices import FEWEST_FRAMES, MOST_FRAMES, DatasetName, Split
 from safnet.exposures import find_evs
 from safnet.images import FLOAT_TYPES, FloatPicture, ImageError, find_frames, read_header, read_ldr
 from safnet.radiance import GAMMA
@@ -41,6 +41,7 @@ class SceneFiles:
         truth: radiance of the reference frame.
         scale: NTIRE 2021's alignratio.npy, else None.
         flow: true flow from the reference to the other two frames, where a data set has it, else None.
+        any_number: of frames, two to nine, is what the layout allows; else three.
     """
 
     name: str
@@ -49,33 +50,48 @@ class SceneFiles:
     truth: Path
     scale: Path | None = None
     flow: Path | None = None
+    any_number: bool = False
 
     def paths(self) -> list[Path]:
         """All files that `load_scene` reads."""
         return [path for path in (*self.frames, self.exposures, self.truth, self.scale, self.flow) if path is not None]
 
-    def check(self) -> None:
-        """Raise DatasetError, naming the file, when one is missing or there are not three frames."""
+    def check(self, series: bool = False) -> None:
+        """Raise DatasetError, naming the file, when one is missing, or there are not three frames, or with `series` not as many
+        as the layout allows."""
         for path in self.paths():
             if not path.is_file():
                 raise DatasetError(f"scene {self.name}: {path} does not exist")
-        if len(self.frames) != 3:
-            raise DatasetError(f"scene {self.name} must have three frames, got {len(self.frames)}")
+        fewest, most, words = 3, 3, "three"
+        if series and self.any_number:
+            fewest, most, words = FEWEST_FRAMES, MOST_FRAMES, f"{FEWEST_FRAMES} to {MOST_FRAMES}"
+        if not fewest <= len(self.frames) <= most:
+            raise DatasetError(f"scene {self.name} must have {words} frames, got {len(self.frames)}")
 
 
 class Sample(NamedTuple):
     """A scene in memory.
 
-    frames: (3, 3, H, W) float32 LDR in [0, 1]; frame (short, reference, long), then RGB.
+    frames: (3, 3, H, W) float32 LDR in [0, 1]; frame (short, reference, long), then RGB. Of a series (N, 3, H, W).
     evs: exposure values in stops, ascending.
     truth: (3, H, W) float32 linear radiance in the short exposure's units.
     flow: (2, 2, H, W) pixels, x then y, from the reference to short and long; None where unknown.
     """
 
     frames: Tensor
-    evs: tuple[float, float, float]
+    evs: tuple[float, ...]
     truth: Tensor
     flow: Tensor | None = None
+
+    @property
+    def reference(self) -> int:
+        """Number of the frame that the truth belongs to."""
+        return middle_frame(len(self.frames))
+
+
+def middle_frame(count: int) -> int:
+    """Of frames by exposure; of an even number the darker one of two."""
+    return (count - 1) // 2
 
 
 def find_scenes(dataset: DatasetName, root: Path, split: Split = "Test") -> list[SceneFiles]:
@@ -115,9 +131,12 @@ def in_all_orders(scenes: Sequence[SceneFiles]) -> list[SceneFiles]:
     return orders
 
 
-def load_scene(files: SceneFiles) -> Sample:
-    """Read one scene. Raises DatasetError, naming the file, for one that is missing, unreadable, misfit or NaN."""
-    files.check()
+def load_scene(files: SceneFiles, series: bool = False) -> Sample:
+    """Read one scene, with `series` of as many frames as its layout allows, else of three.
+
+    Raises DatasetError, naming the file, for one that is missing, unreadable, misfit or NaN.
+    """
+    files.check(series)
     try:
         evs = _read_evs(files)
         pictures = [read_ldr(path) for path in files.frames]
@@ -129,18 +148,18 @@ def load_scene(files: SceneFiles) -> Sample:
             sizes = f"{path.name} is {_size(picture)}, but its truth {files.truth.name} is {_size(truth)}"
             raise DatasetError(f"scene {files.name}: {sizes}")
     # By exposure: the network's reference is the middle one, in whatever order the files come.
-    order = sorted(range(3), key=evs.__getitem__)
-    short, middle, long = (evs[index] for index in order)
+    order = sorted(range(len(evs)), key=evs.__getitem__)
+    ascending = tuple(evs[index] for index in order)
     frames = np.stack([pictures[index] for index in order])
     try:
         if files.scale is not None:
-            frames, truth = _from_ntire(frames, truth, float(np.load(files.scale)), middle - short)
+            frames, truth = _from_ntire(frames, truth, float(np.load(files.scale)), ascending[1] - ascending[0])
         flow = None if files.flow is None else _read_flow(files.flow, truth)
     except (ValueError, OSError, EOFError, TypeError) as error:
         raise DatasetError(f"scene {files.name}: {error}") from error
     if bad := int(truth.size - np.isfinite(truth).sum()):
         raise DatasetError(f"scene {files.name}: {files.truth} must hold finite numbers, but {bad} are not")
-    return Sample(_planar(frames), (short, middle, long), _planar(truth), flow)
+    return Sample(_planar(frames), ascending, _planar(truth), flow)
 
 
 def read_radiance(path: Path, *, integers: bool = False) -> FloatPicture:
@@ -187,7 +206,7 @@ EXPECTED = {
     "challenge123": "SCENE_{1,2,3}/{ldr_img_1.tif, ldr_img_2.tif, ldr_img_3.tif, exposure.txt, hdr_img.hdr}",
     "tel23": "SCENE/{input_1.tif, input_2.tif, input_3.tif, exposure.txt, HDRImg.hdr}",
     "ntire21": "SCENE/{0.png, 1.png, 2.png, gt.png, alignratio.npy, exposures.npy}",
-    "folder": "SCENE/{three frames, exposure.txt unless EXIF tells, truth.exr or .hdr}",
+    "folder": "SCENE/{two to nine frames, exposure.txt unless EXIF tells, truth.exr or .hdr}",
 }
 
 
@@ -230,7 +249,8 @@ def _folder(folders: Sequence[Path]) -> list[SceneFiles]:
         frames = tuple(find_frames(folder, besides=[truth]))
         if frames:
             exposures = folder / "exposure.txt"
-            scenes.append(SceneFiles(folder.name, frames, exposures if exposures.exists() else None, truth))
+            given = exposures if exposures.exists() else None
+            scenes.append(SceneFiles(folder.name, frames, given, truth, any_number=True))
     return scenes
 
 
@@ -260,8 +280,10 @@ def _read_evs(files: SceneFiles) -> list[float]:
         values = [float(value) for value in np.load(files.exposures).reshape(-1)]
     else:
         values = [float(word) for word in re.split(r"[\s,;]+", files.exposures.read_text("utf-8-sig")) if word]
-    if len(values) != 3 or not np.isfinite(values).all() or len(set(values)) != 3:
-        raise DatasetError(f"{files.exposures} must hold three different EVs, got {', '.join(map(str, values))}")
+    count = len(files.frames)
+    if len(values) != count or not np.isfinite(values).all() or len(set(values)) != count:
+        number = "three" if count == 3 else count
+        raise DatasetError(f"{files.exposures} must hold {number} different EVs, got {', '.join(map(str, values))}")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Classical ways of fusing three exposures, to compare a network with.
+"""Classical ways of fusing exposures, to compare a network with.
 
 All of them merge by SAFNet's explicit fusion (triangle weights of the reference, linear radiance). They differ in the
 flows, and in whether a ghost mask withdraws what does not fit the reference.
@@ -15,10 +15,12 @@ from torch import Tensor
 
 import safnet_ops
 from safnet.calibrate import Calibration, calibrate
-from safnet.fuse import Result
+from safnet.data.datasets import middle_frame
+from safnet.fuse import Result, fuse_threes
 from safnet.model import Alignment, Fusion
 from safnet.motion import Grey, equally_exposed, motion_flow
-from safnet.radiance import GAMMA, exposure_ratios, linearize
+from safnet.radiance import GAMMA, exposure_ratios, ldr_values, linearize
+from safnet.series import Three
 
 Flow = npt.NDArray[np.float32]
 
@@ -29,29 +31,35 @@ FEWEST_INLIERS = 12  # a homography has 8 unknowns; with fewer witnesses the fra
 
 
 def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, ...], measure: bool = False) -> Result:
-    """Fuse three exposures by the baseline of that name (see BASELINES).
+    """Fuse exposures by the baseline of that name (see BASELINES), of more or fewer than three as `fuse_exposures` does.
 
     Args:
-        frames: short, reference, long: (3, 3, H, W) float32, LDR values in [0, 1].
+        frames: (N, 3, H, W) float32, LDR values in [0, 1], from dark to bright; the middle one is the reference.
         evs: exposure values in stops, ascending.
         measure: as of `fuse_exposures`.
 
     Returns:
-        Radiance (1, 3, H, W) in the short exposure's units, and the flows and masks it was made with.
+        Radiance (1, 3, H, W) in the darkest exposure's units, and the flows and masks it was made with.
 
     Raises:
         ValueError: there is no such baseline.
     """
     if name not in BASELINES:
         raise ValueError(f"--baseline must be one of {', '.join(BASELINES)}, got {name!r}")
-    height, width = frames.shape[2:]
+    return fuse_threes(
+        frames[:, None].unbind(), evs, middle_frame(len(frames)), lambda three, _: _fuse_three(name, three, measure)
+    )
+
+
+def _fuse_three(name: str, three: Three, measure: bool) -> Result:
+    given, evs = [ldr_values(frame) for frame in three.frames], three.evs
+    height, width = given[1].shape[2:]
     aligner = ALIGNERS[name.removesuffix("+mask")]
 
     def align(pictures: Sequence[Tensor], evs: Sequence[float]) -> list[Tensor]:
         ratios = exposure_ratios(evs)
         return [aligner(pictures[1][0], pictures[k][0], ratios[1], ratios[k]) for k in (0, 2)]
 
-    given = frames[:, None].unbind()
     bracket = calibrate(given, evs, align) if measure else Calibration(evs)
     pictures = [bracket.straighten(frame) for frame in given]
     ratios = exposure_ratios(bracket.evs)
@@ -65,7 +73,7 @@ def fuse_baseline(name: str, frames: Tensor, evs: tuple[float, ...], measure: bo
         )
     alignment = Alignment(flow_short, flow_long, mask_short, mask_long)
     fused = safnet_ops.fused_fuse(short, reference, long, *alignment, pictures[1])
-    return Result(fused, Fusion(fused, alignment), bracket.evs, bracket.curve, evs)
+    return Result(fused, Fusion(fused, alignment), bracket.evs, bracket.curve, evs, reference=three.numbers[1])
 
 
 def ghost_mask(aligned: Tensor, reference: Tensor, ratio: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safnet.choices import Precision
-from safnet.data.datasets import RADIANCE_EXTENSIONS, SceneFiles, read_radiance
+from safnet.data.datasets import RADIANCE_EXTENSIONS, SceneFiles, middle_frame, read_radiance
 from safnet.evaluation.baselines import BASELINES, fuse_baseline
 from safnet.fuse import Result, fuse_exposures
 from safnet.model import SAFNet
@@ -64,7 +64,14 @@ class ModelMethod:
         precision = getattr(torch, self.precision)
         pictures = [frame[None] for frame in frames]
         result = fuse_exposures(
-            self.model, pictures, evs, measure=measure, alignment="paper", tile=self.tile, precision=precision
+            self.model,
+            pictures,
+            evs,
+            reference=middle_frame(len(pictures)),
+            measure=measure,
+            alignment="paper",
+            tile=self.tile,
+            precision=precision,
         )
         return Outcome(result.radiance, result)
 

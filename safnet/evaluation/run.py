@@ -198,7 +198,7 @@ def _evaluate_scene(
     if scene is not None and all(scores.values()):
         return scene, {name: result for name, result in scores.items() if result}
     try:
-        sample = load_scene(files)
+        sample = load_scene(files, series=True)
         regions, measured = _measure(files.name, sample)
     except (ValueError, OSError) as error:
         broken = Scene(files.name, error=str(error))
@@ -229,7 +229,7 @@ def _score(
     judge: ColorVideoVDP | None,
     export: Callable[[str, str, Tensor, Tensor], None] | None,
 ) -> Score:
-    evs = _mistaken(sample.evs, ev_error)
+    evs = _mistaken(sample.evs, sample.reference, ev_error)
     started = time.perf_counter()
     outcome = method.fuse(files, sample.frames, evs, settings.measure)
     radiance = outcome.radiance[0].float().cpu()
@@ -256,7 +256,7 @@ def _score(
 
 def _measure(name: str, sample: Sample) -> tuple[dict[str, Tensor], Scene]:
     """Masks (H, W) of clipped and moving pixels, and the scene's measures, without pictures."""
-    clipped = sample.frames[1].amax(0) >= CLIPPED_LEVEL
+    clipped = sample.frames[sample.reference].amax(0) >= CLIPPED_LEVEL
     regions = {"clipped": clipped}
     flow, source = _flow(sample)
     motion = None
@@ -270,20 +270,22 @@ def _measure(name: str, sample: Sample) -> tuple[dict[str, Tensor], Scene]:
 
 
 def _flow(sample: Sample) -> tuple[Tensor | None, str]:
-    """Flow (2, 2, H, W) from the reference to the other frames, and where it comes from."""
+    """Flows (N, 2, H, W) from the reference to the darkest and the brightest other frame, and where they come from."""
     if sample.flow is not None:
         return sample.flow, "true flow"
-    ratios = exposure_ratios(sample.evs)
+    ratios, own = exposure_ratios(sample.evs), sample.reference
+    others = [number for number in (0, len(ratios) - 1) if number != own]
     try:
-        flows = [dis_flow(sample.frames[1], sample.frames[k], ratios[1], ratios[k]) for k in (0, 2)]
+        flows = [dis_flow(sample.frames[own], sample.frames[k], ratios[own], ratios[k]) for k in others]
     except ValueError:
         return None, "unknown: no true flow, and OpenCV cannot estimate it"
     return torch.cat(flows), "estimated by DIS"
 
 
-def _mistaken(evs: tuple[float, float, float], error: float) -> tuple[float, float, float]:
-    """EVs whose outer frames are wrong by `error` stops, away from the reference if it is positive."""
-    return evs[0] - error, evs[1], evs[2] + error
+def _mistaken(evs: tuple[float, ...], reference: int, error: float) -> tuple[float, ...]:
+    """EVs whose darker and brighter frames are wrong by `error` stops, away from the reference if it is positive."""
+    ways = (-(number < reference) + (number > reference) for number in range(len(evs)))
+    return tuple(ev + way * error for ev, way in zip(evs, ways, strict=True))
 
 
 def _group(value: float, groups: Iterable[tuple[str, float]]) -> str:

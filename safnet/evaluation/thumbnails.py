@@ -22,11 +22,12 @@ ERROR_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9)
 
 
 def scene_pictures(sample: Sample, width: int) -> dict[str, str]:
-    """Inputs "short", "reference", "long" and the tone-mapped "truth", at most `width` pixels wide."""
+    """Inputs "short", "reference", "long", of a series its ends and its middle, and the tone-mapped "truth", at most `width`
+    pixels wide."""
     truth = _picture(sample.truth)
     pictures = {"truth": data_uri(display_curve(truth, "mu-law")(truth), width)}
-    for name, frame in zip(("short", "reference", "long"), sample.frames, strict=True):
-        pictures[name] = data_uri(_bytes(_picture(frame)), _small(width))
+    for name, number in (("short", 0), ("reference", sample.reference), ("long", -1)):
+        pictures[name] = data_uri(_bytes(_picture(sample.frames[number])), _small(width))
     return pictures
 
 

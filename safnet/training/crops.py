@@ -72,7 +72,8 @@ class FileScenes:
             flow, visible = torch.zeros(2, 2, *size), ~visible
         elif (mask := files.flow.with_name("visible.npy")).is_file():
             visible = torch.from_numpy(np.load(mask))
-        return Scene(sample.frames, sample.evs, sample.truth.clamp(0, 1), flow, visible)
+        short, reference, long = sample.evs
+        return Scene(sample.frames, (short, reference, long), sample.truth.clamp(0, 1), flow, visible)
 
     def key(self, number: int) -> str:
         files = self.files[number]

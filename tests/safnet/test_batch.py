@@ -7,6 +7,7 @@ import threading
 import time
 
 import numpy as np
+import OpenImageIO as oiio
 import psutil
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from safnet.batch import TABLE, Job, find_series, fuse_job, fuse_jobs
 from safnet.cli import app
 from safnet.exposures import ExposureError
-from safnet.images import read_header
+from safnet.images import read_header, read_ldr
 from safnet.weights import save_model
 from tests.support.frames import save_frame, save_tagged
 from tests.support.models import plain_model
@@ -197,6 +198,23 @@ def test_bad_input_is_refused_in_one_line(card, tmp_path, arguments, message, mo
     assert outcome.exit_code == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", outcome.stderr), outcome.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_serves_all_brackets(tmp_path, weights):
+    card, out = tmp_path / "card", tmp_path / "out"
+    card.mkdir()
+    shoot_bracket(card, 1, 0)
+    shoot_bracket(card, 4, 30, 1)
+    (card / "exposure.txt").write_text("0 -2 2 0 -2 2")
+    mask = save_frame(card / "mask.png", np.full((HEIGHT // 2, WIDTH // 2, 3), 255, np.uint8))
+    more = ("--ghosts", "off", "--fusion-only", "--trust", "--yes", "--model", weights)
+    outcome = run(card, "-o", out, "--mask", mask, *more)
+    assert "2 fused, 0 done before, 0 failed" in outcome.stdout, outcome.output
+    for number in (1, 4):
+        frame = read_ldr(card / f"IMG_{number:04d}.jpg")
+        found = oiio.ImageInput.open(str(out / f"IMG_{number:04d}.exr")).read_image("float")
+        assert np.allclose(found, frame**2.2 / 4, rtol=2e-3, atol=1e-6)
+    assert "--mask gone.png is no file" in run(card, "-o", out, "--mask", "gone.png", *more).stderr
 
 
 def test_it_asks_unless_told_not_to(card, tmp_path, weights):

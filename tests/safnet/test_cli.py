@@ -12,6 +12,7 @@ import OpenImageIO as oiio
 import pytest
 import torch
 import typer.main
+from PIL import Image
 from typer.testing import CliRunner
 
 import safnet
@@ -483,3 +484,75 @@ def test_help_names_every_option():
     assert outcome.exit_code == 0
     for option in ("--output", "--ev", "--preview", "--tonemap", "--inspect", "--model", "--precision", "--device"):
         assert option in outcome.stdout
+
+
+def save_mask(path, pixels):
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_painted_mask_of_any_kind_and_size(tmp_path, frames, weights):
+    """The left half of the frame; once as large as it, once half as large, in 16 bits, as transparency, and turned by EXIF."""
+    half = np.zeros((HEIGHT, WIDTH), np.uint8)
+    half[:, : WIDTH // 2] = 255
+    clear = np.dstack([np.full((HEIGHT, WIDTH, 3), 255, np.uint8), half])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(half))).save(tmp_path / "turned.png", exif=turned)
+    masks = [
+        save_mask(tmp_path / "plain.png", half),
+        save_mask(tmp_path / "small.png", half[::2, ::2]),
+        save_mask(tmp_path / "large.png", half.repeat(3, 0).repeat(3, 1)),
+        save_mask(tmp_path / "deep.png", half.astype(np.uint16) * 257),
+        save_mask(tmp_path / "clear.png", clear),
+        tmp_path / "turned.png",
+    ]
+    shown = []
+    for mask in masks:
+        steps = tmp_path / f"steps_{mask.stem}"
+        outcome = fuse(
+            *frames, "--ev", 2, -2, 0, "--trust", "--model", weights, "--mask", mask, "--ghosts", "off",
+            "-o", tmp_path / f"{mask.stem}.exr", "--inspect", steps,
+        )  # fmt: skip
+        assert outcome.exit_code == 0, outcome.output
+        shown.append(np.asarray(Image.open(steps / "mask_short.png"))[..., 0].astype(int))
+    assert (shown[0][:, : WIDTH // 2] == 0).all()
+    assert (shown[0][:, WIDTH // 2 :] == 255).all()
+    for other in shown[1:]:
+        away = np.abs(np.arange(WIDTH) - WIDTH // 2 + 0.5) > 2
+        assert np.array_equal(other[:, away], shown[0][:, away])
+
+
+def test_a_mask_in_the_folder_is_no_frame(tmp_path, folder, weights, radiance):
+    mask = save_mask(folder / "aaa.png", np.zeros((HEIGHT, WIDTH), np.uint8))
+    (folder / "exposure.txt").write_text("2 -2 0")
+    output = tmp_path / "result.exr"
+    outcome = fuse(folder, "--trust", "--model", weights, "--mask", mask, "--fusion-only", "-o", output)
+    assert outcome.exit_code == 0, outcome.output
+    assert_radiance(output, radiance)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.png", r"--mask \S+gone\.png is no file"),
+        ("text.png", r"--mask \S+text\.png cannot be read"),
+        ("", r"--mask \S+ is no file"),
+        ("cut.png", r"--mask \S+cut\.png cannot be read, it may be truncated"),
+        ("square.png", r"--mask \S+square\.png must be \d+ x \d+ pixels like the frames, or .* got 30 x 30"),
+        ("frames/a.png", r"--mask \S+a\.png is a frame too"),
+        ("result.exr", r"--output \S+result\.exr is --mask too"),
+    ],
+)
+def test_masks_that_cannot_be_are_refused(tmp_path, frames, weights, name, message):
+    (tmp_path / "text.png").write_text("white")
+    save_mask(tmp_path / "square.png", np.zeros((30, 30), np.uint8))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "square.png").read_bytes()[:60])
+    (tmp_path / "result.exr").write_bytes(b"")
+    outcome = fuse(
+        *frames, "--ev", 2, -2, 0, "--model", weights, "--mask", tmp_path / name, "-o", tmp_path / "result.exr",
+        "--overwrite",
+    )  # fmt: skip
+    assert outcome.exit_code == 2
+    assert re.fullmatch(rf"error: .*{message}.*\n", outcome.stderr), outcome.stderr
+    assert (tmp_path / "result.exr").read_bytes() == b""

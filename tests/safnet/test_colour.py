@@ -17,10 +17,11 @@ import safnet
 from safnet import colour, icc
 from safnet.colour import ADOBE_RGB, LINEAR, P3, REC709, REC2020, SRGB, CurveError, conversion, parse_curve
 from safnet.images import ImageError, read_frame, read_header, read_ldr, write_picture, write_radiance
+from safnet.metrics import psnr_mu
 from safnet.radiance import GAMMA, StoredFrame, ldr_values
 from tests.support.frames import save_frame, save_tagged
 from tests.support.models import plain_model
-from tests.support.scenes import make_radiance
+from tests.support.scenes import make_radiance, skyline
 
 EVS = (-2.0, 0.0, 2.0)
 D65, D50 = (0.3127, 0.3290), (0.3457, 0.3585)
@@ -133,6 +134,33 @@ def test_colours_of_png(tmp_path, chunks, light, space):
     assert header.colour.is_linear == (light == HALF)
 
 
+def test_exif_says_that_a_png_is_of_srgb(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"  # Pillow takes data without it for none
+    exif.get_ifd(0x8769)[0xA001] = 1
+    Image.fromarray(np.full((4, 4, 3), 128, np.uint8)).save(tmp_path / "a.png", exif=exif)
+    assert read_header(tmp_path / "a.png").colour.curve is SRGB
+
+
+def test_of_frames_without_a_word_the_curve_is_measured(tmp_path):
+    """sRGB's is found where gamma 2.2 is assumed; of gamma 2.2 taken for sRGB the error stays, so that 2.2 is assumed."""
+    y, x = np.mgrid[0:320, 0:480]
+    light = skyline(x, y)
+    truth = torch.from_numpy(light).permute(2, 0, 1)
+    model = safnet.load_model("safnet-s")
+
+    def quality(code, curve):
+        codes = [np.round(code(np.clip(light * 2.0 ** (ev - EVS[0]), 0, 1)) * 255).astype(np.uint8) for ev in EVS]
+        paths = [save_frame(tmp_path / f"{number}.png", values) for number, values in enumerate(codes)]
+        return psnr_mu(safnet.fuse_files(paths, model=model, evs=EVS, curve=curve).radiance[0].clamp(0, 1), truth)
+
+    def power(light):
+        return light ** (1 / GAMMA)
+
+    assert quality(srgb_encode, "auto") > quality(srgb_encode, "srgb") - 3
+    assert quality(power, "auto") > quality(power, "srgb") + 10
+
+
 def test_hdr_video_curves_are_refused(tmp_path):
     for transfer, name in ((16, "PQ"), (18, "HLG")):
         path = png(tmp_path / "a.png", (b"cICP", bytes([9, transfer, 0, 1])))
@@ -154,6 +182,7 @@ def test_colours_of_exr(tmp_path):
 def test_colours_of_jpeg(tmp_path):
     codes = np.full((8, 8, 3), 128, np.uint8)
     exif = Image.Exif()
+    exif[0x010F] = "Maker"  # Pillow takes data without it for none
     exif.get_ifd(0x8769)[0xA001] = 1
     Image.fromarray(codes).save(tmp_path / "camera.jpg", exif=exif, quality=100)
     assert read_header(tmp_path / "camera.jpg").colour.curve is SRGB

@@ -165,6 +165,31 @@ def handheld(
     return pictures, torch.from_numpy(truth).permute(2, 0, 1)[None], flow
 
 
+def passers_by(step=0.0, height=320, width=480, noise=0.0, levels=2**16 - 1, evs=EVS):
+    """What a resting camera makes of `skyline` when people pass by, `step` pixels with every stop.
+
+    Returns frames (1, 3, H, W), the radiance (1, 3, H, W) that the one of EV 0 sees, and where (H, W) people are in any frame.
+    """
+    random = np.random.default_rng(14)
+    y, x = np.mgrid[0:height, 0:width]
+    still = skyline(x, y, height)
+    frames, truth, touched = [], None, np.zeros((height, width), bool)
+    for ev in evs:
+        seen = still.copy()
+        for place, middle, light in ((0.2, 0.3, 0.03), (0.5, 0.75, 0.2), (0.75, 0.45, 0.008)):
+            along, down = (x - place * width - ev * step) / (0.05 * width), (y - middle * height) / (0.2 * height)
+            body = along**2 + down**2 < 1
+            cloth = light * (1 + 0.4 * np.sin(9 * along) * np.sin(14 * down))
+            seen[body] = (cloth[..., None] * np.array([1.0, 0.7, 0.5]))[body]
+            touched |= body
+        truth = seen if ev == 0 else truth
+        caught = seen * 2 ** (ev - evs[0])
+        caught = caught + random.normal(size=seen.shape) * noise * np.sqrt(np.clip(caught, 0, 1) + noise)
+        frames.append(torch.from_numpy(expose(np.clip(caught, 0, 1).astype(np.float32), 1, levels) / (levels + 1)))
+    pictures = [frame.float().permute(2, 0, 1)[None] for frame in frames]
+    return pictures, torch.from_numpy(truth).permute(2, 0, 1)[None], torch.from_numpy(touched)
+
+
 def _turned(x, y, middle, shift, angle):
     """Where a point of the reference lies in the short frame."""
     along, down = x - middle[0], y - middle[1]

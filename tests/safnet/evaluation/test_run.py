@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import safnet
 from safnet.cli import app
 from safnet.data.datasets import find_scenes, load_scene, read_radiance
 from safnet.evaluation import methods as module
@@ -22,7 +23,7 @@ from safnet.evaluation.timing import count_multiply_adds, time_model
 from safnet.metrics import psnr_l, psnr_mu, through_rgbe
 from safnet.model import SAFNet
 from safnet.weights import save_model
-from tests.support.scenes import EVS, HEIGHT, WIDTH, write, write_kalantari17, write_ntire21
+from tests.support.scenes import EVS, HEIGHT, WIDTH, handheld, write, write_kalantari17, write_ntire21
 
 NAMES = ["001", "002", "003"]
 SETTINGS = Settings("kalantari17", picture_width=96)
@@ -411,3 +412,63 @@ print(peak_memory_of(lambda: float(torch.ones(64 * 2**20 // 4).sum()), torch.dev
     if peak == "None":
         pytest.skip("this system does not tell a process its peak memory")
     assert 60 * 2**20 < int(peak) < 200 * 2**20
+
+
+def write_series(folder, evs):
+    """Frames by exposure in a folder of the "folder" layout, whose names are in another order."""
+    frames, truth, _ = handheld((4.0, 1.0), height=128, width=192, noise=0.004, evs=evs)
+    for number, frame in enumerate(frames):
+        pixels = (frame[0].permute(1, 2, 0).numpy() * 2**16).round().astype(np.uint16)
+        write(folder / f"{'dbeacf'[number]}.tif", pixels)
+    (folder / "exposure.txt").write_text(
+        " ".join(str(evs[number]) for number in np.argsort(list("dbeacf"[: len(evs)])))
+    )
+    write(folder / "truth.exr", truth[0].permute(1, 2, 0).numpy())
+
+
+def test_series_of_any_number_are_scored_as_they_are_fused(tmp_path):
+    """Two and five frames beside three, whose reference, of EV 0, the truth belongs to."""
+    series = {"two": (0.0, 2.0), "three": (-2.0, 0.0, 2.0), "five": (-2.0, -1.0, 0.0, 1.0, 2.0)}
+    for name, evs in series.items():
+        write_series(tmp_path / "data" / name, evs)
+    files = find_scenes("folder", tmp_path / "data")
+    model = safnet.load_model("safnet-s")
+    methods = [ModelMethod("safnet-s", model, ""), *map(BaselineMethod, ("reference", "unaligned", "dis+mask"))]
+    found = evaluate(files, methods, Settings("folder", picture_width=96))
+    assert not found.errors()
+    assert {scene.name: scene.evs for scene in found.scenes} == series
+    scores = {name: {scene: one.scores["psnr_mu"] for scene, one in by.items()} for name, by in found.scores.items()}
+    assert all(scores["safnet-s"][name] > scores["reference"][name] + 2 for name in series)
+    assert scores["safnet-s"]["five"] > scores["safnet-s"]["three"]
+    assert scores["dis+mask"]["five"] > scores["unaligned"]["five"]
+    sample = load_scene(next(one for one in files if one.name == "five"), series=True)
+    frames = [frame[None] for frame in sample.frames]
+    result = safnet.fuse_exposures(model, frames, sample.evs, reference=2, alignment="paper")
+    assert scores["safnet-s"]["five"] == pytest.approx(psnr_mu(result.radiance[0], sample.truth), abs=1e-3)
+
+
+def test_wrong_evs_of_a_series_are_apart_and_measured(tmp_path):
+    write_series(tmp_path / "five", (-2.0, -1.0, 0.0, 1.0, 2.0))
+    files = find_scenes("folder", tmp_path)
+    method = ModelMethod("safnet-s", safnet.load_model("safnet-s"), "")
+
+    def score(**options):
+        return (
+            evaluate(files, [method], Settings("folder", picture_width=96, **options))
+            .mean("safnet-s")
+            .scores["psnr_mu"]
+        )
+
+    right, wrong, measured = score(), score(ev_error=0.3), score(ev_error=0.3, measure=True)
+    assert wrong < right - 2
+    assert measured > wrong + 1
+
+
+def test_series_elsewhere_are_refused(tmp_path):
+    write_series(tmp_path / "data" / "five", (-2.0, -1.0, 0.0, 1.0, 2.0))
+    write_series(tmp_path / "data" / "one", (0.0,))
+    one_scene, five = sorted(find_scenes("folder", tmp_path / "data"), key=lambda scene: len(scene.frames))
+    with pytest.raises(ValueError, match="scene five must have three frames, got 5"):
+        load_scene(five)
+    with pytest.raises(ValueError, match="scene one must have 2 to 9 frames, got 1"):
+        load_scene(one_scene, series=True)
