@@ -344,7 +344,7 @@ def _fuse_tile(
         aligned = part.alignment._replace(mask_long=mask_long)
         fused = safnet_ops.fused_fuse(*images, aligned.mask_short, mask_long, weights=weights)
     fusion = Fusion(fused, aligned)
-    residual = model.refinenet.body(part.features, part.reference, fusion)
+    residual = model.refinenet(part.features, part.reference, fusion)
     if noise is not None:
         residual = residual * trust_in_refining(part.reference[:, 3:6])
     refined = (fused + residual).clamp(0, 1)

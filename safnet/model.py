@@ -186,6 +186,10 @@ class FullRefine(nn.Module):
         """As `short_features`, of the long exposure."""
         return self.conv2(long)
 
+    def forward(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """What `body` returns."""
+        return self.body(warped, reference, fusion)
+
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
         return convolve(self.features(warped, reference, fusion), self.residual_layer)
@@ -225,6 +229,10 @@ class SmallRefine(nn.Module):
     def long_features(self, long: Tensor) -> Tensor:
         """As `short_features`, of the long exposure."""
         return long
+
+    def forward(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """What `body` returns."""
+        return self.body(warped, reference, fusion)
 
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
@@ -329,7 +337,7 @@ class SAFNet(nn.Module):
     def refine(self, short: Tensor, reference: Tensor, long: Tensor, fusion: Fusion) -> Tensor:
         """The refined result from the explicit fusion."""
         warped = self.warp_features(short, long, fusion.alignment)
-        refined = fusion.fused + self.refinenet.body(warped, reference, fusion)
+        refined = fusion.fused + self.refinenet(warped, reference, fusion)
         return refined.clamp(0, 1).to(fusion.fused.dtype)
 
     def warp_features(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
