@@ -51,7 +51,12 @@ def _is_plain_convolution(conv: nn.Module, groups: int) -> bool:
 
 
 def conv_prelu_shuffle(
-    input: Tensor, conv: nn.Module, *activation: nn.Module, groups: int = 1, residual: Tensor | None = None
+    input: Tensor,
+    conv: nn.Module,
+    *activation: nn.Module,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    shuffle: bool = True,
 ) -> Tensor:
     """channel_shuffle(activation(conv(input) + residual), groups), in one pass where the modules are plain.
 
@@ -67,16 +72,24 @@ def conv_prelu_shuffle(
         plain, slopes = cast(nn.Conv2d, conv), cast(Tensor, activation[0].weight) if activation else None
         stride, dilation = plain.stride[0], plain.dilation[0]
         return group_conv_shuffle(
-            input, plain.weight, plain.bias, slopes, groups, stride=stride, dilation=dilation, residual=residual
+            input,
+            plain.weight,
+            plain.bias,
+            slopes,
+            groups,
+            stride=stride,
+            dilation=dilation,
+            residual=residual,
+            shuffle=shuffle,
         )
     out = conv(input) if residual is None else conv(input) + residual
     for module in activation:
         out = module(out)
-    return out if groups == 1 else reference.channel_shuffle(out, groups)
+    return out if groups == 1 or not shuffle else reference.channel_shuffle(out, groups)
 
 
 class GroupConvShuffle(nn.Sequential):
-    """A 3x3 convolution, PReLU and channel shuffle: [`group_conv_shuffle`][safnet_ops.group_conv_shuffle.group_conv_shuffle].
+    """A convolution, PReLU and channel shuffle: [`group_conv_shuffle`][safnet_ops.group_conv_shuffle.group_conv_shuffle].
 
     Its children are an nn.Conv2d, `0`, and with `prelu=True` an nn.PReLU of a slope a channel, `1`. Either may be replaced, or
     get hooks and parametrizations: then they are called as modules. The shuffle is this module's own, by its `groups`.
@@ -88,22 +101,25 @@ class GroupConvShuffle(nn.Sequential):
         out_channels: int,
         groups: int = 1,
         *,
+        kernel_size: int = 3,
         stride: int = 1,
         dilation: int = 1,
         bias: bool = True,
         prelu: bool = True,
+        shuffle: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        padding = dilation * (kernel_size // 2)
         conv = nn.Conv2d(
-            in_channels, out_channels, 3, stride, dilation, dilation, groups, bias, device=device, dtype=dtype
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
         )
         super().__init__(conv, *([nn.PReLU(out_channels, device=device, dtype=dtype)] if prelu else []))
-        self.groups = groups
+        self.groups, self.shuffle = groups, shuffle
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         conv, *activation = self
-        return conv_prelu_shuffle(input, conv, *activation, groups=self.groups, residual=residual)
+        return conv_prelu_shuffle(input, conv, *activation, groups=self.groups, residual=residual, shuffle=self.shuffle)
 
 
 class BackwardWarp(nn.Module):
