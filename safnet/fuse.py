@@ -419,7 +419,7 @@ def _fuse_tile(
     fused = safnet_ops.fused_fuse(*images, *masks, None if weights else reference_ldr, weights=weights)
     fusion, refined = Fusion(fused, aligned), fused
     if not merging.fusion_only:
-        residual = model.refinenet.body(part.features, part.reference, fusion)
+        residual = model.refinenet(part.features, part.reference, fusion)
         if noise is not None:
             residual = residual * trust_in_refining(reference_ldr)
         if merging.mask is not None:

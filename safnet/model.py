@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import safnet_ops
 from safnet.choices import Variant
 from safnet_ops.autocast import is_autocast
+from safnet_ops.nn import GroupConvShuffle, conv_prelu_shuffle
 
 LEVELS = 4
 FEATURES = 40  # channels of every encoder level
@@ -58,9 +59,12 @@ def describe_convolutions() -> str:
     )
 
 
-def computing_dtype(conv: nn.Conv2d) -> torch.dtype:
-    """In which a convolution computes: its weights', or autocast's, which leaves float64 alone."""
-    weight = conv.weight
+def computing_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
+    """In which a layer computes: its weights', or autocast's, which leaves float64 alone; that of `x` if it has no weights."""
+    # Not the attribute, which is out of date where a hook makes the weight of others.
+    weight: Tensor | None = layer._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        weight = next((parameter for parameter in layer.parameters() if parameter.is_floating_point()), x)
     if weight.dtype == torch.float64 or not is_autocast(weight):
         return weight.dtype
     return torch.get_autocast_dtype(weight.device.type)
@@ -71,39 +75,33 @@ def geometry_dtype(pictures: Tensor) -> torch.dtype:
     return torch.promote_types(pictures.dtype, torch.float32)
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, prelu: nn.PReLU | None = None, residual: Tensor | None = None) -> Tensor:
-    """prelu(conv(x) + residual) without groups: in one pass where our operator beats the library's convolution."""
-    x = x.to(computing_dtype(conv))
-    if x.device.type in BEATS_LIBRARY:
-        slopes = None if prelu is None else prelu.weight
-        stride, dilation = conv.stride[0], conv.dilation[0]
-        return safnet_ops.group_conv_shuffle(
-            x, conv.weight, conv.bias, slopes, stride=stride, dilation=dilation, residual=residual
-        )
+def convolve(
+    x: Tensor, conv: nn.Module, *activation: nn.Module, groups: int = 1, residual: Tensor | None = None
+) -> Tensor:
+    """channel_shuffle(activation(conv(x) + residual), groups): in one pass where our operator may and is faster."""
+    x = x.to(computing_dtype(conv, x))
+    if groups > 1 or x.device.type in BEATS_LIBRARY:
+        return conv_prelu_shuffle(x, conv, *activation, groups=groups, residual=residual)
     x = conv(x) if residual is None else conv(x) + residual
-    return x if prelu is None else prelu(x)
+    for module in activation:
+        x = module(x)
+    return x
 
 
-class ConvPReLU(nn.Sequential):
-    """3x3 convolution and PReLU, named as in the published checkpoints: 0 and 1."""
+class ConvPReLU(GroupConvShuffle):
+    """3x3 convolution and PReLU, named as in the published checkpoints, 0 and 1, and a shuffle where there are groups."""
 
     def __init__(
         self, channels_in: int, channels_out: int, stride: int = 1, dilation: int = 1, groups: int = 1
     ) -> None:
-        super().__init__(
-            nn.Conv2d(channels_in, channels_out, 3, stride, dilation, dilation, groups), nn.PReLU(channels_out)
-        )
+        super().__init__(channels_in, channels_out, groups, stride=stride, dilation=dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        conv, prelu = cast(nn.Conv2d, self[0]), cast(nn.PReLU, self[1])
-        if conv.groups == 1:
-            return convolve(x, conv, prelu)
-        x = x.to(computing_dtype(conv))
-        return safnet_ops.group_conv_shuffle(x, conv.weight, conv.bias, prelu.weight, conv.groups)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return convolve(x, *self, groups=self.groups, residual=residual)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The channels of all parts, in the dtype that this layer computes in."""
-        dtype = computing_dtype(cast(nn.Conv2d, self[0]))
+        dtype = computing_dtype(self[0], parts[0])
         return torch.cat([part.to(dtype) for part in parts], 1)
 
 
@@ -188,6 +186,10 @@ class FullRefine(nn.Module):
         """As `short_features`, of the long exposure."""
         return self.conv2(long)
 
+    def forward(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """What `body` returns."""
+        return self.body(warped, reference, fusion)
+
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
         return convolve(self.features(warped, reference, fusion), self.residual_layer)
@@ -227,6 +229,10 @@ class SmallRefine(nn.Module):
     def long_features(self, long: Tensor) -> Tensor:
         """As `short_features`, of the long exposure."""
         return long
+
+    def forward(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
+        """What `body` returns."""
+        return self.body(warped, reference, fusion)
 
     def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
@@ -331,7 +337,7 @@ class SAFNet(nn.Module):
     def refine(self, short: Tensor, reference: Tensor, long: Tensor, fusion: Fusion) -> Tensor:
         """The refined result from the explicit fusion."""
         warped = self.warp_features(short, long, fusion.alignment)
-        refined = fusion.fused + self.refinenet.body(warped, reference, fusion)
+        refined = fusion.fused + self.refinenet(warped, reference, fusion)
         return refined.clamp(0, 1).to(fusion.fused.dtype)
 
     def warp_features(self, short: Tensor, long: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 `python -m safnet_ops.info` tells which kernels this installation has; `safnet_ops.reference` holds their definitions.
 """
 
-from safnet_ops import backends, flops, reference
+from safnet_ops import backends, flops, nn, reference
 from safnet_ops.backends import use_backend
 from safnet_ops.backward_warp import backward_warp
 from safnet_ops.census_loss import census_loss
@@ -18,6 +18,7 @@ __all__ = [
     "census_loss",
     "fused_fuse",
     "group_conv_shuffle",
+    "nn",
     "reference",
     "upsample_fuse",
     "use_backend",

@@ -128,7 +128,8 @@ def use_backend(name: str) -> Iterator[None]:
             _forced.reset(before)
 
 
-def _forced_backend() -> str | None:
+def forced_backend() -> str | None:
+    """The innermost `use_backend`'s choice."""
     if not torch.compiler.is_compiling():
         return _forced.get()
     return _blocks[-1].backend if _blocks else None
@@ -142,7 +143,7 @@ def choose(operator: str, device: torch.device, backend: str | None) -> str:
         RuntimeError: the backend asked for cannot run the operator here; the message says why.
     """
     if backend is None:
-        backend = _forced_backend()
+        backend = forced_backend()
     if backend is None:
         for name in _PREFERRED.get(device.type, ()):
             if serves(operator, name):

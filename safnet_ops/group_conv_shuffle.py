@@ -1,6 +1,7 @@
-"""group_conv_shuffle: 3x3 grouped convolution + bias + residual + PReLU + channel shuffle, written once."""
+"""group_conv_shuffle: grouped convolution + bias + residual + PReLU + channel shuffle, written once."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from safnet_ops import reference
 from safnet_ops.autocast import is_autocast, lower, register_autocast
 from safnet_ops.autograd import Forward, Operation, Result, Rule, differentiate, kernel, pull_back, return_gradients
-from safnet_ops.backends import choose, define
+from safnet_ops.backends import choose, define, forced_backend
 from safnet_ops.checks import (
     check_same_kind,
     check_shape,
@@ -20,6 +21,11 @@ from safnet_ops.checks import (
 )
 from safnet_ops.operators import is_needed, needed_bits
 
+KERNEL_SIDES = (1, 3, 5)  # 3 by our kernels, the others by PyTorch's
+ACTIVATIONS = (None, "relu")
+# Up to so many input values, depthwise convolutions are faster by the library (float32 on a CPU; docs/operators has the times).
+LIBRARY_DEPTHWISE = 2**20
+
 
 def group_conv_shuffle(
     input: Tensor,
@@ -28,27 +34,36 @@ def group_conv_shuffle(
     prelu_weight: Tensor | None = None,
     groups: int = 1,
     *,
-    stride: int = 1,
-    dilation: int = 1,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
     residual: Tensor | None = None,
+    activation: str | None = None,
+    shuffle: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """channel_shuffle(prelu(conv3x3(input) + residual), groups): what SAFNet's decoder does three times a level.
+    """channel_shuffle(prelu(conv(input) + residual), groups): what SAFNet's decoder does three times a level.
 
-    The convolution pads by `dilation` with zeros and adds `bias`. PReLU has one slope a channel; without `prelu_weight` there
-    is no activation. The shuffle (ShuffleNet, section 3.1) moves channel i * C / groups + j to j * groups + i; bias, residual
-    and slopes are in the convolution's own order, before it. groups=1 leaves the order as it is. Sums are float32 (float64 for
-    float64). Under autocast all arguments but those of float64 are cast to its dtype, as for any convolution.
+    The convolution pads with zeros to the input's size, by `dilation` for 3x3 weights, and adds `bias`. PReLU has one slope a
+    channel; without `prelu_weight` and `activation` there is no activation. The shuffle (ShuffleNet, section 3.1) moves channel
+    i * C / groups + j to j * groups + i; bias, residual and slopes are in the convolution's own order, before it. groups=1
+    leaves the order as it is. Sums are float32 (float64 for float64). Under autocast all arguments but those of float64 are
+    cast to its dtype, as for any convolution.
+
+    The kernels are of 3x3 weights, PReLU and shuffle. 1x1 and 5x5 weights, and small depthwise convolutions on the CPU, take
+    PyTorch's convolution; activation="relu" and shuffle=False are a pass of their own.
 
     Args:
         input: (N, C_in, H, W), float32, float64, float16 or bfloat16, any strides.
-        weight: (C_out, C_in / groups, 3, 3).
+        weight: (C_out, C_in / groups, K, K), K 1, 3 or 5.
         bias: (C_out,) or None.
         prelu_weight: (C_out,), or (1,) for one slope of all channels, or None.
         groups: divides C_in and C_out.
-        stride, dilation: at least 1, the same for both directions.
+        stride, dilation: at least 1, an integer or a pair of two equal ones.
         residual: of the convolution's output shape, or None; added before the activation.
-        backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests.
+        activation: "relu" instead of `prelu_weight`, or None.
+        shuffle: False leaves the channels in the convolution's order.
+        backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests; 1x1 and 5x5 weights have no
+            kernel and take "reference" alone. Within `use_backend` they run by PyTorch's convolution.
 
     Returns:
         (N, C_out, ceil(H / stride), ceil(W / stride)) of the input's dtype, channels_last if the input is.
@@ -59,16 +74,65 @@ def group_conv_shuffle(
     """
     if is_autocast(input):
         input, weight, bias, prelu_weight, residual = lower((input, weight, bias, prelu_weight, residual))
+    groups, stride, dilation = _integer("groups", groups), _side("stride", stride), _side("dilation", dilation)
     _check(input, weight, bias, prelu_weight, residual, groups, stride, dilation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"group_conv_shuffle: activation must be 'relu' or None, got {activation!r}")
+    if activation is not None and prelu_weight is not None:
+        raise ValueError(
+            f"group_conv_shuffle: prelu_weight must be None beside activation={activation!r}, got a tensor"
+        )
     if prelu_weight is not None:
         prelu_weight = prelu_weight.expand(weight.shape[0])
-    backend = choose("group_conv_shuffle", input.device, backend)
-    operands = (input, weight, bias, prelu_weight, residual)
-    if backend == "reference":
-        return reference.group_conv_shuffle(
-            input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual
+    chosen = choose("group_conv_shuffle", input.device, backend)
+    if weight.shape[2] != 3 and backend not in (None, "reference"):
+        raise ValueError(
+            f"group_conv_shuffle: backend must be 'reference' or None for weights other than 3x3, got {backend!r}"
         )
-    return kernel(backend, "group_conv_shuffle")(*operands, groups, stride, dilation, False)[0]
+    small = chosen == "cpp" and backend is None and _is_faster_by_library(input, weight)
+    if chosen == "reference" or weight.shape[2] != 3 or small:
+        options: dict[str, Any] = {"residual": residual, "activation": activation, "shuffle": shuffle}
+        out = reference.group_conv_shuffle(
+            input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, **options
+        )
+        return _in_layout(out, input)
+    operands = (input, weight, bias, prelu_weight, residual)
+    out = kernel(chosen, "group_conv_shuffle")(*operands, groups, stride, dilation, False)[0]
+    if activation == "relu":
+        out = out.relu()
+    if shuffle or groups in (1, weight.shape[0]):
+        return out
+    ordered = reference.channel_shuffle(out, weight.shape[0] // groups)  # which undoes the shuffle of `groups`
+    return _in_layout(ordered, input)
+
+
+def _in_layout(out: Tensor, input: Tensor) -> Tensor:
+    """What PyTorch computed, in the layout that kernels would have given it."""
+    return out.contiguous(memory_format=torch.channels_last) if is_channels_last(input) else out
+
+
+def _integer(name: str, number: Any) -> int:
+    if not isinstance(number, int | Integral) or number < 1:
+        raise ValueError(f"group_conv_shuffle: {name} must be an integer of at least 1, got {number!r}")
+    return int(number)
+
+
+def _side(name: str, value: Any) -> int:
+    """What is the same for both directions, as one number."""
+    if not isinstance(value, tuple | list):
+        return _integer(name, value)
+    sides = [_integer(name, number) for number in value]
+    if len(sides) not in (1, 2) or sides[0] != sides[-1]:
+        raise ValueError(f"group_conv_shuffle: {name} must be the same for both directions, got {value!r}")
+    return sides[0]
+
+
+def _is_faster_by_library(input: Tensor, weight: Tensor) -> bool:
+    depthwise = weight.shape[1] == 1 and input.shape[1] > 1
+    if not depthwise or input.dtype != torch.float32 or forced_backend() is not None:
+        return False
+    # A program for any size must not choose by the size it is traced with.
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and input.numel() <= LIBRARY_DEPTHWISE
 
 
 def _check(
@@ -82,9 +146,6 @@ def _check(
     dilation: int,
 ) -> None:
     operator = "group_conv_shuffle"
-    for name, number in (("groups", groups), ("stride", stride), ("dilation", dilation)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{operator}: {name} must be an integer of at least 1, got {number!r}")
     check_tensor(operator, "input", input)
     check_tensor(operator, "weight", weight)
     check_same_kind(operator, "weight", weight, "input", input)
@@ -94,8 +155,9 @@ def _check(
         raise ValueError(
             f"{operator}: groups must divide the {channels_in} input and {channels_out} output channels, got {groups}"
         )
-    expected = (channels_out, channels_in // groups, 3, 3)
-    check_shape(operator, "weight", weight, "(C_out, C_in / groups, 3, 3)", expected)
+    side = weight.shape[2] if weight.shape[2] in KERNEL_SIDES else 3
+    expected = (channels_out, channels_in // groups, side, side)
+    check_shape(operator, "weight", weight, "(C_out, C_in / groups, K, K) with K 1, 3 or 5", expected)
     for name, value in (("bias", bias), ("prelu_weight", prelu_weight)):
         if value is None:
             continue

@@ -153,10 +153,13 @@ def group_conv_shuffle(
     stride: int = 1,
     dilation: int = 1,
     residual: Tensor | None = None,
+    activation: str | None = None,
+    shuffle: bool = True,
 ) -> Tensor:
-    """channel_shuffle(prelu(conv3x3(input) + residual)), padding = dilation (see safnet_ops.group_conv_shuffle)."""
+    """channel_shuffle(prelu(conv(input) + residual)), zero padding to the input's size (see safnet_ops.group_conv_shuffle)."""
     sums = group_conv(input, weight, bias, residual, groups, stride, dilation)
-    return activate_and_shuffle(sums, prelu_weight, groups)
+    sums = sums.relu() if activation == "relu" else sums
+    return activate_and_shuffle(sums, prelu_weight, groups if shuffle else 1)
 
 
 def group_conv(
@@ -168,8 +171,9 @@ def group_conv(
     stride: int,
     dilation: int,
 ) -> Tensor:
-    """conv3x3(input) + residual, padding = dilation: what PReLU and shuffle come after."""
-    out = F.conv2d(input, weight, bias, stride, dilation, dilation, groups)
+    """conv(input) + residual, padded to the input's size: what PReLU and shuffle come after."""
+    padding = dilation * (int(weight.shape[2]) // 2)  # a number even where sizes are symbols
+    out = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return out if residual is None else out + residual
 
 

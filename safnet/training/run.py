@@ -278,7 +278,7 @@ class Training(lightning.LightningModule):
             refined = self.model.refine(*map(cut, exposures), part)
         else:
             warped_short, warped_long = self.model.warp_features(exposures[0], exposures[2], fusion.alignment)
-            residual = self.model.refinenet.body((cut(warped_short), cut(warped_long)), cut(exposures[1]), part)
+            residual = self.model.refinenet((cut(warped_short), cut(warped_long)), cut(exposures[1]), part)
             refined = (part.fused + residual).clamp(0, 1)
         if whole:
             return unpartition(refined, *crop.truth.shape[2:]), crop.truth

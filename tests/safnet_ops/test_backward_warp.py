@@ -212,7 +212,7 @@ def test_more_than_2_to_the_31_elements():
         (
             (torch.zeros(1, 3, 4, 5), torch.zeros(1, 4, 5, 2)),
             ValueError,
-            r"backward_warp: flow must be \(N, 2, H, W\) = \(1, 2, 4, 5\), got \(1, 4, 5, 2\)",
+            r"backward_warp: flow must be \(N, 2, h, w\) or \(1, 2, h, w\) = \(1, 2, 5, 2\), got \(1, 4, 5, 2\)",
         ),
         (
             (torch.zeros(1, 3, 4, 5), torch.zeros(1, 2, 4, 5).double()),

@@ -1,17 +1,20 @@
 """group_conv_shuffle: the C++ kernels against the reference, and the reference against a stock model's layers."""
 
+import contextlib
 import itertools
 from functools import partial
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils.flop_counter import FlopCounterMode
 
 import safnet_ops
 from operator_inputs import conv_inputs
 from safnet_ops import reference
-from tests.support.operators import DTYPES, LAYOUTS, SIZES, assert_close, channels_last, check_operator
+from tests.support.operators import DTYPES, LAYOUTS, SIZES, assert_close, channels_last, check_operator, contiguous
 
 cpp = torch.ops.safnet_ops
 NAMES = ("input", "weight", "bias", "prelu_weight", "residual")
@@ -43,11 +46,14 @@ def make(size=(5, 7), n=2, geometry=(3, 12, 24, 1, 1), dtype=torch.float32):
 
 
 def bound(function, geometry):
-    """`function` of the tensors alone."""
+    """`function` of the tensors alone; the operator by its kernel, even where the library would be faster."""
     groups, _, _, stride, dilation = geometry
+    options = {"backend": "cpp"} if function is safnet_ops.group_conv_shuffle else {}
 
     def call(input, weight, bias, prelu_weight, residual):
-        return function(input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual)
+        return function(
+            input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, residual=residual, **options
+        )
 
     return call
 
@@ -391,8 +397,20 @@ def arguments(**changed):
         (
             {"weight": torch.zeros(24, 12, 3, 3)},
             ValueError,
-            r"weight must be \(C_out, C_in / groups, 3, 3\) = \(24, 4, 3, 3\), got \(24, 12, 3, 3\)",
+            r"weight must be \(C_out, C_in / groups, K, K\) with K 1, 3 or 5 = \(24, 4, 3, 3\), got \(24, 12, 3, 3\)",
         ),
+        ({"weight": torch.zeros(24, 4, 5, 3)}, ValueError, r"weight must be .* = \(24, 4, 5, 5\), got \(24, 4, 5, 3\)"),
+        ({"weight": torch.zeros(24, 4, 7, 7)}, ValueError, r"with K 1, 3 or 5 = \(24, 4, 3, 3\), got \(24, 4, 7, 7\)"),
+        (
+            {"weight": torch.zeros(24, 4, 5, 5), "residual": None, "backend": "cpp"},
+            ValueError,
+            "backend must be 'reference' or None for weights other than 3x3, got 'cpp'",
+        ),
+        ({"activation": "gelu"}, ValueError, "activation must be 'relu' or None, got 'gelu'"),
+        ({"activation": "relu"}, ValueError, "prelu_weight must be None beside activation='relu', got a tensor"),
+        ({"stride": (1, 2)}, ValueError, r"stride must be the same for both directions, got \(1, 2\)"),
+        ({"dilation": (1, 1, 1)}, ValueError, r"dilation must be the same for both directions, got \(1, 1, 1\)"),
+        ({"stride": ()}, ValueError, r"stride must be the same for both directions, got \(\)"),
         ({"weight": torch.zeros(24, 4, 3, 3, device="meta")}, ValueError, "weight must be on cpu like input, got meta"),
         ({"groups": 5}, ValueError, "groups must divide the 12 input and 24 output channels, got 5"),
         ({"groups": 0}, ValueError, "groups must be an integer of at least 1, got 0"),
@@ -418,3 +436,112 @@ def arguments(**changed):
 def test_errors(changed, error, message):
     with pytest.raises(error, match=message):
         safnet_ops.group_conv_shuffle(**arguments(**changed))
+
+
+# ---- options that are composed of a kernel and PyTorch's operators, or are PyTorch's ----------------------------------
+
+
+def stock(input, weight, bias, groups, residual=None, activation=None, shuffle=True, stride=1, dilation=1):
+    padding = dilation * (weight.shape[2] - 1) // 2
+    out = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    out = out if residual is None else out + residual
+    out = torch.clamp(out, min=0) if activation == "relu" else out
+    if shuffle:
+        n, channels, height, width = out.shape
+        out = out.reshape(n, groups, channels // groups, height, width).swapaxes(1, 2).reshape(out.shape)
+    return out
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "cpp"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("side", [1, 3, 5])
+@pytest.mark.parametrize(
+    "options", [{}, {"shuffle": False}, {"activation": "relu"}, {"shuffle": False, "activation": "relu"}], ids=str
+)
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2}, {"dilation": 3}], ids=str)
+def test_options(backend, layout, side, options, geometry):
+    torch.manual_seed(0)
+    input, weight, bias = torch.randn(2, 6, 11, 13), torch.randn(12, 2, side, side), torch.randn(12)
+    inputs = [layout(input), weight, bias, layout(torch.randn_like(stock(input, weight, bias, 3, **geometry)))]
+    exact = [value.double().requires_grad_() for value in inputs]
+    inputs = [value.requires_grad_() for value in inputs]
+    with safnet_ops.use_backend(backend) if backend else contextlib.nullcontext():
+        out = safnet_ops.group_conv_shuffle(*inputs[:3], None, 3, residual=inputs[3], **options, **geometry)
+    expected = stock(*exact[:3], 3, exact[3], **options, **geometry)
+    assert_close("options", out, expected)
+    assert out.is_contiguous(memory_format=torch.channels_last) == (layout is channels_last)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, grad)
+    for value, right in zip(found, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        assert_close("options", value, right)
+
+
+@pytest.mark.parametrize("side", [1, 3, 5])
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"activation": "relu"}], ids=str)
+def test_derivatives_of_options(side, options):
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 5, 6), torch.randn(6, 2, side, side), torch.randn(6)
+    inputs = tuple(value.double().requires_grad_() for value in inputs)
+
+    def function(input, weight, bias):
+        return safnet_ops.group_conv_shuffle(input, weight, bias, None, 2, **options)
+
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    batch = torch.stack([inputs[0], 2 * inputs[0]])
+    mapped = torch.func.vmap(lambda input: function(input, *inputs[1:]))(batch)
+    assert torch.allclose(mapped[1], function(batch[1], *inputs[1:]))
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    assert counter.get_total_flops() == 2 * inputs[1].numel() * 2 * 5 * 6
+
+
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_options_under_autocast_compiled_and_exported(side):
+    torch.manual_seed(0)
+    input, weight, bias = torch.randn(2, 6, 9, 8), torch.randn(12, 2, side, side), torch.randn(12)
+
+    class Layer(torch.nn.Module):
+        def forward(self, input, weight, bias):
+            return safnet_ops.group_conv_shuffle(input, weight, bias, None, 3, activation="relu", shuffle=False)
+
+    expected = stock(input, weight, bias, 3, activation="relu", shuffle=False)
+    assert_close("options", torch.compile(Layer(), fullgraph=True, backend="aot_eager")(input, weight, bias), expected)
+    assert_close("options", torch.export.export(Layer(), (input, weight, bias)).module()(input, weight, bias), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = Layer()(input, weight, bias)
+    assert out.dtype == torch.bfloat16
+    assert_close("options", out, expected, slack=3)
+
+
+def test_relu_of_what_is_not_finite():
+    input = torch.tensor([torch.nan, torch.inf, -torch.inf]).view(3, 1, 1, 1)
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 1, 1] = 1
+    out = safnet_ops.group_conv_shuffle(input, weight, activation="relu").flatten()
+    assert out[0].isnan()
+    assert out[1:].tolist() == [torch.inf, 0]
+
+
+def test_numbers_of_other_types():
+    input, weight = torch.randn(1, 4, 9, 9), torch.randn(4, 2, 3, 3)
+    expected = safnet_ops.group_conv_shuffle(input, weight, groups=2, stride=2, dilation=3)
+    for kind in (np.int64, np.uint8, lambda number: (number, number), lambda number: [np.int32(number)]):
+        out = safnet_ops.group_conv_shuffle(input, weight, groups=np.int64(2), stride=kind(2), dilation=kind(3))
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("side", "library"), [(8, True), (600, False)])
+def test_small_depthwise_takes_the_library(monkeypatch, side, library):
+    called = []
+    real = reference.group_conv_shuffle
+    monkeypatch.setattr(reference, "group_conv_shuffle", lambda *a, **k: called.append(1) or real(*a, **k))
+    torch.manual_seed(0)
+    input, weight, bias, slopes = torch.randn(1, 4, side, side), torch.randn(4, 1, 3, 3), torch.randn(4), torch.randn(4)
+    out = safnet_ops.group_conv_shuffle(input, weight, bias, slopes, 4)
+    assert bool(called) == library
+    called.clear()
+    assert_close("options", out, safnet_ops.group_conv_shuffle(input, weight, bias, slopes, 4, backend="cpp"))
+    with safnet_ops.use_backend("cpp"):
+        safnet_ops.group_conv_shuffle(input, weight, bias, slopes, 4)
+    assert not called

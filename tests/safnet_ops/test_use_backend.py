@@ -35,7 +35,7 @@ def test_threads_that_leave_in_another_order_keep_their_own():
         return inside, chosen()
 
     def chosen_name():
-        return backends._forced_backend()
+        return backends.forced_backend()
 
     found = []
     thread = threading.Thread(target=lambda: found.append(other()))

@@ -144,3 +144,15 @@ def test_gradient_of_a_sum(cuda):
     (found,) = torch.autograd.grad(safnet_ops.backward_warp(image, flow).sum(), image)
     (expected,) = torch.autograd.grad(reference.backward_warp(image, flow).sum(), image)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_options(cuda, padding):
+    torch.manual_seed(0)
+    image, flow = torch.rand(1, 3, 6, 7), 3 * torch.randn(2, 2, 5, 9)
+    check_operator(
+        lambda image, flow: safnet_ops.backward_warp(image, flow, padding=padding),
+        lambda image, flow: safnet_ops.backward_warp(image, flow, padding=padding, backend="reference"),
+        (image, flow),
+        (True, True),
+    )

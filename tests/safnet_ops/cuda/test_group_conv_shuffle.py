@@ -161,3 +161,19 @@ def test_empty(cuda, shape):
     image_grad, weight_grad = torch.autograd.grad(out.sum(), (image, weight))
     assert image_grad.shape == shape
     assert_close("weight gradient", weight_grad, torch.zeros(4, 4, 3, 3))
+
+
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"shuffle": False, "activation": "relu"}], ids=str)
+def test_options(cuda, options):
+    (image, weight, bias, _slopes, residual), geometry = inputs("decoder")
+
+    def without_slopes(function):
+        return lambda *values: function(*values[:3], None, residual=values[3], **geometry, **options)
+
+    check_operator(
+        without_slopes(safnet_ops.group_conv_shuffle),
+        without_slopes(reference.group_conv_shuffle),
+        [image, weight, bias, residual],
+        [True] * 4,
+    )
+    assert cuda.saw("convol")

@@ -145,3 +145,15 @@ def test_second_derivative():
     (slope,) = torch.autograd.grad(reference.backward_warp(image, flow).square().sum(), flow, create_graph=True)
     (expected,) = torch.autograd.grad(slope.square().sum(), image)
     assert_close("second derivative", found, expected)
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_options(padding):
+    torch.manual_seed(0)
+    image, flow = torch.rand(1, 3, 6, 7), 3 * torch.randn(2, 2, 5, 9)
+    check_operator(
+        lambda image, flow: safnet_ops.backward_warp(image, flow, padding=padding, backend="triton"),
+        lambda image, flow: safnet_ops.backward_warp(image, flow, padding=padding, backend="reference"),
+        (image, flow),
+        (True, True),
+    )

@@ -137,3 +137,20 @@ def test_empty_batch():
     assert out.shape == (0, 9, 6, 9)
     out.sum().backward()
     assert all(leaf.grad.shape == leaf.shape and not leaf.grad.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"shuffle": False, "activation": "relu"}], ids=str)
+def test_options(options):
+    image, weight, bias, _slopes, residual = make()
+
+    def without_slopes(function, **more):
+        return lambda input, weight, bias, residual: function(
+            input, weight, bias, None, 3, residual=residual, **options, **more
+        )
+
+    check_operator(
+        without_slopes(safnet_ops.group_conv_shuffle, backend="triton"),
+        without_slopes(reference.group_conv_shuffle),
+        [image, weight, bias, residual],
+        (True,) * 4,
+    )
