@@ -11,7 +11,7 @@ Dataset = Annotated[choices.DatasetName, typer.Option(help="Layout of the scenes
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")]
 Ghosts = Annotated[
     choices.Ghosts,
-    typer.Option(help="Distrust of the outer frames: off where nothing moves, strong against ghosts that are left."),
+    typer.Option(help="Distrust of the outer frames: off where nothing moves, strong to trust them only where sure."),
 ]
 FusionOnly = Annotated[
     bool,
