@@ -248,11 +248,7 @@ def _check(frames: Sequence[Frame], evs: Sequence[float], tile: int | None, refe
     for name, frame in zip(names, frames, strict=True):
         if isinstance(frame, StoredFrame) or frame.dtype in INTEGER_SCALES:
             continue
-        if frame.dtype != torch.float32:
-            raise ValueError(f"fuse_exposures: the {name} frame must be float32, uint8 or uint16, got {frame.dtype}")
-        low, high = (limit.item() for limit in frame.aminmax())
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"fuse_exposures: the {name} frame must have values in [0, 1], got {low:g} to {high:g}")
+        _check_floats(f"the {name} frame", frame, "float32, uint8 or uint16")
     if tile is not None and tile < 0:
         raise ValueError(f"fuse_exposures: tile must be at least 0, got {tile}")
 
@@ -265,13 +261,16 @@ def _check_merging(merging: Merging, shape: torch.Size) -> None:
     expected = (1, 1, *shape[2:])
     if mask.shape != expected:
         raise ValueError(f"fuse_exposures: mask must be {expected}, got {tuple(mask.shape)}")
-    if mask.dtype == torch.uint8:
-        return
-    if mask.dtype != torch.float32:
-        raise ValueError(f"fuse_exposures: mask must be float32 or uint8, got {mask.dtype}")
-    low, high = (limit.item() for limit in mask.aminmax())
+    if mask.dtype != torch.uint8:
+        _check_floats("mask", mask, "float32 or uint8")
+
+
+def _check_floats(name: str, values: Tensor, types: str) -> None:
+    if values.dtype != torch.float32:
+        raise ValueError(f"fuse_exposures: {name} must be {types}, got {values.dtype}")
+    low, high = (limit.item() for limit in values.aminmax())
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"fuse_exposures: mask must have values in [0, 1], got {low:g} to {high:g}")
+        raise ValueError(f"fuse_exposures: {name} must have values in [0, 1], got {low:g} to {high:g}")
 
 
 def _whole_exposures(

@@ -187,10 +187,6 @@ class FullRefine(nn.Module):
         return self.conv2(long)
 
     def forward(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
-        """What `body` returns."""
-        return self.body(warped, reference, fusion)
-
-    def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
         return convolve(self.features(warped, reference, fusion), self.residual_layer)
 
@@ -231,10 +227,6 @@ class SmallRefine(nn.Module):
         return long
 
     def forward(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
-        """What `body` returns."""
-        return self.body(warped, reference, fusion)
-
-    def body(self, warped: tuple[Tensor, Tensor], reference: Tensor, fusion: Fusion) -> Tensor:
         """Residual (N, 3, H, W) to add to the explicit fusion from warped features; sees RADIUS pixels to each side."""
         return convolve(self.features(warped, reference, fusion), self.residual_layer)
 

@@ -57,7 +57,7 @@ def test_radius_is_what_the_refine_module_sees(model):
     reference = torch.rand(1, 6, side, side, dtype=torch.float64, requires_grad=True)
     alignment = Alignment(*(torch.rand(1, count, side, side, dtype=torch.float64) for count in (2, 2, 1, 1)))
     fusion = Fusion(torch.rand(1, 3, side, side, dtype=torch.float64), alignment)
-    net.body(tuple(warped), reference, fusion)[0, :, middle, middle].sum().backward()
+    net(tuple(warped), reference, fusion)[0, :, middle, middle].sum().backward()
     for tensor in (*warped, reference):
         touched = tensor.grad.abs().sum((0, 1)).nonzero()
         assert (touched - middle).abs().max() <= net.RADIUS

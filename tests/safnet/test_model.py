@@ -172,7 +172,7 @@ def test_radius_is_what_the_refine_module_sees():
         warped = picture(20 if full else 6), picture(20 if full else 6)
         fusion = Fusion(picture(3), Alignment(*map(picture, (2, 2, 1, 1))))
         reference = picture(6).requires_grad_()
-        module.body(warped, reference, fusion)[0, :, centre, centre].sum().backward()
+        module(warped, reference, fusion)[0, :, centre, centre].sum().backward()
         touched = reference.grad.abs().sum((0, 1)).nonzero()
         reach = (touched - centre).abs().max().item()
         assert reach == module.RADIUS

@@ -74,8 +74,8 @@ def test_tiles_are_refined_in_its_dtype(model, exposures, weights):
     model.to(weights)
     fusion = model.fuse(*exposures, model.estimate(*exposures))
     features = model.refinenet.short_features(short), model.refinenet.long_features(long)
-    residual = model.refinenet.body(features, reference, fusion)
+    residual = model.refinenet(features, reference, fusion)
     assert residual.dtype == weights
     model.float()
     exact = model.refinenet.short_features(short), model.refinenet.long_features(long)
-    assert error(residual, model.refinenet.body(exact, reference, fusion).double()) < TOLERANCE[weights]
+    assert error(residual, model.refinenet(exact, reference, fusion).double()) < TOLERANCE[weights]

@@ -59,7 +59,7 @@ def test_what_is_left_out_has_no_effect_before_and_after_training(model, part):
             else:
                 features = torch.rand(1, 20 if model.variant == "full" else 6, 32, 32)
                 other = Fusion(fusion.fused + 0.1, alignment)
-                residuals = [model.refinenet.body((features,) * 2, exposures[1], seen) for seen in (fusion, other)]
+                residuals = [model.refinenet((features,) * 2, exposures[1], seen) for seen in (fusion, other)]
                 assert torch.equal(*residuals)
                 assert residuals[0].std() > 0
         train_a_little(model)

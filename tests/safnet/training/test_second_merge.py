@@ -127,7 +127,7 @@ def test_the_residual_of_dark_pictures_is_as_small_as_they_are():
         frames = [torch.cat([scale * part, torch.full_like(part, 0.1)], 1) for part in (short, reference, long)]
         part = Fusion(scale * fused, Alignment(flow, flow, mask, mask))
         with torch.no_grad():
-            return model.refinenet.body((frames[0], frames[2]), frames[1], part)
+            return model.refinenet((frames[0], frames[2]), frames[1], part)
 
     whole = residual(1.0)
     assert whole.abs().max() > 0
