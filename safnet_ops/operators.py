@@ -40,7 +40,7 @@ _ALL = (
     ),
     Operator("upsample_fuse"),
     Operator("group_conv_shuffle", ("input", "weight", "bias", "prelu_weight", "residual")),
-    Operator("census_loss", ("prediction",)),
+    Operator("census_loss", ("prediction",)),  # and the target, by the same backward operator of exchanged pictures
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
 

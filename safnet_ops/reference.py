@@ -13,6 +13,7 @@ from torch import Tensor
 
 CENSUS_SOFTNESS = 0.81  # added to d^2 before the root: how small a difference still counts as "equal"
 CENSUS_KNEE = 0.1  # dn^2 at which the robust distance reaches one half
+REC601 = (0.2989, 0.587, 0.114)  # luma of red, green and blue, as the census losses of others have it
 FUSION_EPSILON = 1e-9  # keeps the fusion finite where explicit weights sum to zero
 
 
@@ -184,17 +185,26 @@ def activate_and_shuffle(sums: Tensor, prelu_weight: Tensor | None, groups: int)
 
 def census_loss(prediction: Tensor, target: Tensor, patch_size: int = 7) -> Tensor:
     """Soft census (ternary) distance of two pictures, as a scalar (see safnet_ops.census_loss)."""
+    return census_distance(prediction, target, patch_size, patch_size // 2).mean()
+
+
+def census_distance(prediction: Tensor, target: Tensor, patch_size: int, border: int) -> Tensor:
+    """The distance at every pixel, (N, 1, H, W), zero in a frame `border` wide; windows read zeros outside the pictures."""
     kind = compute_type(prediction)
-    radius = patch_size // 2
-    difference = _census_transform(prediction.to(kind), patch_size) - _census_transform(
-        target.detach().to(kind), patch_size
-    )
+    difference = _census_transform(prediction.to(kind), patch_size) - _census_transform(target.to(kind), patch_size)
     squared = difference.square()
-    distance = (squared / (CENSUS_KNEE + squared)).mean(1)
-    height, width = distance.shape[1:]
-    inside = F.pad(distance.new_ones(max(height - 2 * radius, 0), max(width - 2 * radius, 0)), [radius] * 4)
-    inside = inside[:height, :width]
-    return (distance * inside).mean()
+    distance = (squared / (CENSUS_KNEE + squared)).mean(1, keepdim=True)
+    height, width = distance.shape[2:]
+    inside = F.pad(distance.new_ones(max(height - 2 * border, 0), max(width - 2 * border, 0)), [border] * 4)
+    return distance * inside[:height, :width]
+
+
+def grey_rec601(picture: Tensor) -> Tensor:
+    """Luma of RGB pictures (N, 3, H, W) by Rec. 601: (N, 1, H, W)."""
+    kind = compute_type(picture)
+    return (picture.to(kind) * torch.tensor(REC601, dtype=kind, device=picture.device).view(3, 1, 1)).sum(
+        1, keepdim=True
+    )
 
 
 def _census_transform(picture: Tensor, patch_size: int) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 
 import safnet_ops
@@ -100,11 +101,26 @@ def test_expanded(dimension):
     check(prediction, target)
 
 
-def test_target_gets_no_gradient():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needed", [(True, True), (False, True)])
+def test_both_pictures_get_gradients(dtype, needed):
+    pictures = make(dtype=dtype)
+    operator, expected = (bound(f, 5) for f in (safnet_ops.census_loss, reference.census_loss))
+    check_operator(operator, expected, pictures, needed)
+
+
+def test_no_gradient_of_what_is_detached():
     prediction, target = (picture.requires_grad_() for picture in make())
-    safnet_ops.census_loss(prediction, target).backward()
+    safnet_ops.census_loss(prediction, target.detach()).backward()
     assert prediction.grad.abs().sum() > 0
     assert target.grad is None
+
+
+def test_derivatives_of_both_pictures():
+    pictures = tuple(picture.requires_grad_() for picture in make((6, 7), n=2, channels=2, dtype=torch.float64))
+    loss = bound(safnet_ops.census_loss, 3)
+    assert torch.autograd.gradcheck(loss, pictures, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, pictures)
 
 
 def test_channels_last_gradient():
@@ -259,3 +275,143 @@ def test_deterministic_over_runs_and_threads(layout):
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         safnet_ops.census_loss(*arguments)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def ternary(grey, radius):
+    """As other code has it: a convolution that copies the window's pixels into channels."""
+    side = 2 * radius + 1
+    copies = torch.eye(side**2, dtype=grey.dtype).view(side**2, 1, side, side)
+    difference = F.conv2d(grey, copies, padding=radius) - grey
+    return difference / torch.sqrt(0.81 + difference**2)
+
+
+def ternary_distance(first, second, radius, border):
+    dist = (ternary(first, radius) - ternary(second, radius)) ** 2
+    dist = torch.mean(dist / (0.1 + dist), 1, keepdim=True)
+    inner = torch.ones_like(dist[:, :, border : dist.shape[2] - border, border : dist.shape[3] - border])
+    return dist * F.pad(inner, [border] * 4)
+
+
+def luma(rgb):
+    return 0.2989 * rgb[:, 0:1] + 0.5870 * rgb[:, 1:2] + 0.1140 * rgb[:, 2:3]
+
+
+# The losses of other code, and the one call that stands for each.
+OTHERS = {
+    "RIFE": (
+        lambda a, b: ternary_distance(luma(a), luma(b), 3, 1),
+        lambda a, b: safnet_ops.census_loss(a, b, 7, reduction="none", grey="rec601", border=1),
+    ),
+    "IFRNet": (
+        lambda a, b: ternary_distance(a.mean(1, keepdim=True), b.mean(1, keepdim=True), 3, 3).mean(),
+        safnet_ops.census_loss,
+    ),
+    "ARFlow": (
+        lambda a, b: ternary_distance(255 * luma(a), 255 * luma(b), 1, 1),
+        lambda a, b: safnet_ops.census_loss(255 * a, 255 * b, 3, reduction="none", grey="rec601"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_losses_of_others(name, dtype, backend):
+    stock, call = OTHERS[name]
+    pictures = [picture.requires_grad_() for picture in make((20, 17), dtype=dtype)]
+    exact = [picture.detach().double().requires_grad_() for picture in pictures]
+    with safnet_ops.use_backend(backend):
+        found = call(*pictures)
+    expected = stock(*exact)
+    assert found.shape == expected.shape
+    # In float32 the greys of ARFlow, up to 255, are rounded at their own size.
+    scale = 100 if name == "ARFlow" and dtype == torch.float32 else 1
+    assert (found - expected).abs().max() < 1e-6 * scale
+    grad = torch.rand_like(expected)
+    gradients = torch.autograd.grad(found, pictures, grad.to(found.dtype)), torch.autograd.grad(expected, exact, grad)
+    for value, right in zip(*gradients, strict=True):
+        assert (value - right).abs().max() < (1e-10 if dtype == torch.float64 else 1e-4) * right.abs().max()
+
+
+@pytest.mark.parametrize("grey", ["mean", "rec601"])
+@pytest.mark.parametrize("border", [None, 0, 4, 30])
+@pytest.mark.parametrize("masked", [None, torch.float64, torch.bool], ids=str)
+def test_reductions(grey, border, masked):
+    prediction, target = make((20, 17), dtype=torch.float64)
+    mask = None if masked is None else (torch.rand(2, 1, 20, 17) > 0.4).to(masked)
+    options = {"grey": grey, "border": border, "mask": mask}
+    found = {
+        name: safnet_ops.census_loss(prediction, target, 5, reduction=name, **options)
+        for name in ("none", "sum", "mean")
+    }
+    frame = 2 if border is None else min(border, 10)
+    grey_of = luma if grey == "rec601" else lambda picture: picture.mean(1, keepdim=True)
+    expected = (
+        ternary_distance(grey_of(prediction), grey_of(target), 2, frame) if frame < 8 else torch.zeros(2, 1, 20, 17)
+    )
+    expected = expected if mask is None else expected * mask
+    assert (found["none"] - expected).abs().max() < 1e-12
+    assert found["sum"].item() == pytest.approx(expected.sum().item(), rel=1e-9)
+    assert found["mean"].item() == pytest.approx(expected.mean().item(), rel=1e-9)
+
+
+def test_mask_gets_a_gradient():
+    prediction, target = make((20, 17))
+    mask = torch.rand(2, 1, 20, 17, requires_grad=True)
+    safnet_ops.census_loss(prediction, target, mask=mask, reduction="sum").backward()
+    assert torch.allclose(mask.grad, safnet_ops.census_loss(prediction, target, reduction="none"))
+
+
+def test_sum_and_grey_run_by_the_kernel():
+    prediction, target = make((20, 17))
+    for reduction in ("mean", "sum"):
+        options = {"reduction": reduction, "grey": "rec601"}
+        found = safnet_ops.census_loss(prediction, target, backend="cpp", **options)
+        assert found.item() == pytest.approx(
+            safnet_ops.census_loss(prediction, target, backend="reference", **options).item(), rel=1e-5
+        )
+
+
+def test_empty_batch_sums_to_nothing():
+    prediction, target = make(n=0)
+    assert safnet_ops.census_loss(prediction, target, reduction="sum") == 0
+    assert safnet_ops.census_loss(prediction, target, reduction="none").shape == (0, 1, 12, 15)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reduction": "max"}, ValueError, "census_loss: reduction must be one of mean, sum, none, got 'max'"),
+        ({"grey": "rec709"}, ValueError, "grey must be one of mean, rec601, got 'rec709'"),
+        ({"border": -1}, ValueError, "border must be an integer of at least 0, got -1"),
+        (
+            {"mask": torch.ones(2, 3, 12, 15)},
+            ValueError,
+            r"mask must be \(N, 1, H, W\) = \(2, 1, 12, 15\), got \(2, 3, 12, 15\)",
+        ),
+        (
+            {"mask": torch.ones(2, 1, 12, 15).int()},
+            TypeError,
+            "mask must be a floating-point or bool tensor, got torch.int32",
+        ),
+        ({"mask": 1}, TypeError, "mask must be a floating-point or bool tensor, got int"),
+        (
+            {"mask": torch.ones(2, 1, 12, 15, device="meta")},
+            ValueError,
+            "mask must be on cpu like prediction, got meta",
+        ),
+        ({"reduction": "none", "backend": "cpp"}, ValueError, "backend must be 'reference' or None for .* got 'cpp'"),
+    ],
+    ids=str,
+)
+def test_errors_of_options(options, error, message):
+    with pytest.raises(error, match=message):
+        safnet_ops.census_loss(*make(), **options)
+
+
+def test_errors_of_grey():
+    with pytest.raises(ValueError, match=r"prediction must have 3 channels for grey='rec601', got \(2, 4, 12, 15\)"):
+        safnet_ops.census_loss(*make(channels=4), grey="rec601")

@@ -78,3 +78,12 @@ def test_empty_batch_gives_nan(cuda):
     loss = safnet_ops.census_loss(prediction, torch.rand(0, 3, 8, 8))
     assert loss.isnan()
     assert torch.autograd.grad(loss, prediction)[0].shape == prediction.shape
+
+
+def test_options(cuda):
+    torch.manual_seed(0)
+
+    def loss(backend):
+        return lambda *pictures: safnet_ops.census_loss(*pictures, 3, reduction="sum", grey="rec601", backend=backend)
+
+    check_operator(loss(None), loss("reference"), [torch.rand(1, 3, 7, 9), torch.rand(1, 3, 7, 9)], (True, True))

@@ -82,3 +82,12 @@ def test_empty_batch_is_nan_as_a_mean():
     assert loss.isnan()
     loss.backward()
     assert prediction.grad.shape == prediction.shape
+
+
+def test_options():
+    torch.manual_seed(0)
+
+    def loss(backend):
+        return lambda *pictures: safnet_ops.census_loss(*pictures, 3, reduction="sum", grey="rec601", backend=backend)
+
+    check_operator(loss("triton"), loss("reference"), [torch.rand(1, 3, 7, 9), torch.rand(1, 3, 7, 9)], (True, True))
