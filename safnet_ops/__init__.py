@@ -7,6 +7,7 @@ from safnet_ops import backends, flops, nn, reference
 from safnet_ops.backends import use_backend
 from safnet_ops.backward_warp import backward_warp
 from safnet_ops.census_loss import census_loss
+from safnet_ops.fuse_frames import fuse_frames
 from safnet_ops.fused_fuse import fused_fuse
 from safnet_ops.group_conv_shuffle import group_conv_shuffle
 from safnet_ops.upsample_fuse import upsample_fuse
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "backward_warp",
     "census_loss",
+    "fuse_frames",
     "fused_fuse",
     "group_conv_shuffle",
     "nn",

@@ -83,7 +83,7 @@ def fused_fuse(
         check_tensor("fused_fuse", name, value)
         check_shape("fused_fuse", name, value, f"(N, {channels}, H, W)", (shape[0], channels, *shape[2:]))
     geometry = unify_geometry("fused_fuse", short, masks_and_flows)
-    base = _check_base_weights(short, reference_ldr, weights)
+    base = check_base_weights("fused_fuse", short, reference_ldr, weights)
     backend = choose("fused_fuse", short.device, backend)
     inputs = (short, reference, long, *geometry, *base)
     if backend == "reference":
@@ -99,30 +99,30 @@ def _check_images(short: Tensor, reference: Tensor, long: Tensor) -> tuple[int, 
     return tuple(short.shape)
 
 
-def _check_base_weights(
-    short: Tensor, reference_ldr: Tensor | None, weights: tuple[Tensor, Tensor, Tensor] | None
+def check_base_weights(
+    operator: str, short: Tensor, reference_ldr: Tensor | None, weights: tuple[Tensor, Tensor, Tensor] | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(reference_ldr, None, None, None) or (None, *weights), the latter expanded to the images' shape."""
     if (reference_ldr is None) == (weights is None):
         given = "neither" if weights is None else "both"
-        raise ValueError(f"fused_fuse: give either reference_ldr or weights, got {given}")
+        raise ValueError(f"{operator}: give either reference_ldr or weights, got {given}")
     if weights is None:
-        check_tensor("fused_fuse", "reference_ldr", reference_ldr)
+        check_tensor(operator, "reference_ldr", reference_ldr)
         assert reference_ldr is not None
-        check_same_kind("fused_fuse", "reference_ldr", reference_ldr, "short", short)
-        check_shape("fused_fuse", "reference_ldr", reference_ldr, "(N, C, H, W)", tuple(short.shape))
+        check_same_kind(operator, "reference_ldr", reference_ldr, "short", short)
+        check_shape(operator, "reference_ldr", reference_ldr, "(N, C, H, W) like short", tuple(short.shape))
         return reference_ldr, None, None, None
     if not isinstance(weights, tuple | list) or len(weights) != 3:
         got = f"{len(weights)} of them" if isinstance(weights, tuple | list) else type(weights).__name__
-        raise ValueError(f"fused_fuse: weights must be three tensors (short, reference, long), got {got}")
+        raise ValueError(f"{operator}: weights must be three tensors (short, reference, long), got {got}")
     for position, weight in enumerate(weights):
         name = f"weights[{position}]"
-        check_tensor("fused_fuse", name, weight)
-        check_same_kind("fused_fuse", name, weight, "short", short)
+        check_tensor(operator, name, weight)
+        check_same_kind(operator, name, weight, "short", short)
         n, channels, height, width = short.shape
         if weight.shape[1] not in (1, channels) or (weight.shape[0], *weight.shape[2:]) != (n, height, width):
             raise ValueError(
-                f"fused_fuse: {name} must be (N, C or 1, H, W) = {(n, channels, height, width)}, got {tuple(weight.shape)}"
+                f"{operator}: {name} must be (N, C or 1, H, W) = {(n, channels, height, width)}, got {tuple(weight.shape)}"
             )
     expanded = [weight.expand(short.shape) for weight in weights]
     return None, expanded[0], expanded[1], expanded[2]

@@ -10,7 +10,7 @@ from safnet_ops.autocast import is_autocast, promote, register_autocast
 from safnet_ops.autograd import Operation, Result, Rule, differentiate, kernel
 from safnet_ops.backends import choose, define
 from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, unify_geometry
-from safnet_ops.fused_fuse import GEOMETRY
+from safnet_ops.fused_fuse import GEOMETRY, check_base_weights, fused_fuse
 
 
 def upsample_fuse(
@@ -21,21 +21,23 @@ def upsample_fuse(
     flow_long: Tensor,
     mask_short: Tensor,
     mask_long: Tensor,
-    reference_ldr: Tensor,
+    reference_ldr: Tensor | None = None,
     *,
+    weights: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Resize low-resolution flows and mask logits to the images' size, apply the sigmoid, and fuse, in one pass.
 
     The resizing is bilinear with align_corners False; a flow's x and y are multiplied by the true ratios of widths and heights.
-    The fusion is that of `fused_fuse` with triangle weights. One pass is for inference: where a gradient is needed, PyTorch
-    resizes and `fused_fuse` fuses.
+    The fusion is that of `fused_fuse`. One pass is for inference with triangle weights: where a gradient is needed, and with
+    weights of your own, PyTorch resizes and `fused_fuse` fuses.
 
     Args:
-        short, reference, long, reference_ldr: (N, C, H, W) of one dtype, as in `fused_fuse`.
+        short, reference, long: (N, C, H, W) of one dtype, as in `fused_fuse`.
         flow_short, flow_long: (N, 2, h, w), x then y, in pixels of their own size.
         mask_short, mask_long: (N, 1, h, w), logits. Flows and masks: the images' dtype or float32 (float64 for float64).
             Under autocast, what is mixed is promoted as in `fused_fuse`.
+        reference_ldr, weights: as in `fused_fuse`, one of the two.
         backend: "reference", "cpp", "cuda" or "triton" instead of the one that the device suggests.
 
     Returns:
@@ -47,12 +49,16 @@ def upsample_fuse(
         RuntimeError: the backend asked for is not available.
     """
     if is_autocast(short):
-        tensors = (short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr)
-        short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr = promote(tensors, GEOMETRY)
-    for name, value in (("short", short), ("reference", reference), ("long", long), ("reference_ldr", reference_ldr)):
+        given = weights if isinstance(weights, tuple | list) else ()
+        tensors = (short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr, *given)
+        tensors = promote(tensors, GEOMETRY)
+        short, reference, long, flow_short, flow_long, mask_short, mask_long, reference_ldr = tensors[:8]
+        weights = tensors[8:] if given else weights
+    for name, value in (("short", short), ("reference", reference), ("long", long)):
         check_tensor("upsample_fuse", name, value)
         check_same_kind("upsample_fuse", name, value, "short", short)
         check_shape("upsample_fuse", name, value, "(N, C, H, W) like short", tuple(short.shape))
+    check_base_weights("upsample_fuse", short, reference_ldr, weights)
     low = {"flow_short": flow_short, "flow_long": flow_long, "mask_short": mask_short, "mask_long": mask_long}
     for name, value in low.items():
         channels = 2 if name.startswith("flow") else 1
@@ -61,8 +67,14 @@ def upsample_fuse(
         check_shape("upsample_fuse", name, value, f"(N, {channels}, h, w)", expected)
         if value.shape[2] == 0 or value.shape[3] == 0:
             raise ValueError(f"upsample_fuse: {name} must have pixels to resize, got {tuple(value.shape)}")
-    inputs = (short, reference, long, *unify_geometry("upsample_fuse", short, low), reference_ldr)
     backend = choose("upsample_fuse", short.device, backend)
+    if reference_ldr is None:
+        flow_short, flow_long, mask_short, mask_long = references.upsample_alignment(
+            unify_geometry("upsample_fuse", short, low), short
+        )
+        full = flow_short, flow_long, mask_short, mask_long
+        return fused_fuse(short, reference, long, *full, weights=weights, backend=backend), *full
+    inputs = (short, reference, long, *unify_geometry("upsample_fuse", short, low), reference_ldr)
     if backend == "reference":
         return references.upsample_fuse(*inputs)
     return kernel(backend, "upsample_fuse")(*inputs)

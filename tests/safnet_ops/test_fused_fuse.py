@@ -280,7 +280,7 @@ def replaced(position, value):
             replaced(7, torch.zeros(2, 1, 5, 7)),
             {},
             ValueError,
-            r"reference_ldr must be \(N, C, H, W\) = \(2, 3, 5, 7\)",
+            r"reference_ldr must be \(N, C, H, W\) like short = \(2, 3, 5, 7\)",
         ),
         (make()[:7], {}, ValueError, "give either reference_ldr or weights, got neither"),
         (make(), {"weights": make()[:3]}, ValueError, "give either reference_ldr or weights, got both"),

@@ -101,3 +101,32 @@ def test_errors(position, value, message):
     inputs[position] = value
     with pytest.raises(ValueError, match=message):
         safnet_ops.upsample_fuse(*inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_explicit_weights(kind, channels, backend):
+    *inputs, _ = make(kind=kind)
+    weights = tuple(torch.rand(2, channels, 21, 70).to(kind[0]) for _ in range(3))
+    results = safnet_ops.upsample_fuse(*inputs, weights=weights, backend=backend)
+    exact = [x.double() for x in inputs]
+    full = reference.upsample_alignment(exact[3:], exact[0])
+    fused = reference.fused_fuse(*exact[:3], *full, weights=[x.double().expand(2, 3, 21, 70) for x in weights])
+    for name, result, expected in zip(RESULTS, results, (fused, *full), strict=True):
+        assert_close(name, result, expected, slack=4 if name == "fused" else 1)
+
+
+def test_explicit_weights_get_gradients():
+    *inputs, _ = make(size=(5, 6), low=(3, 4), n=1)
+    weights = tuple(torch.rand(1, 3, 5, 6, requires_grad=True) for _ in range(3))
+    safnet_ops.upsample_fuse(*inputs, weights=weights)[0].sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in weights)
+
+
+def test_either_ldr_or_weights():
+    *inputs, ldr = make()
+    with pytest.raises(ValueError, match="upsample_fuse: give either reference_ldr or weights, got neither"):
+        safnet_ops.upsample_fuse(*inputs)
+    with pytest.raises(ValueError, match="upsample_fuse: give either reference_ldr or weights, got both"):
+        safnet_ops.upsample_fuse(*inputs, ldr, weights=(ldr, ldr, ldr))

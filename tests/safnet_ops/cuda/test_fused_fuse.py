@@ -132,3 +132,17 @@ def test_empty(cuda, shape):
     for value, grad in zip(values, torch.autograd.grad(out.sum(), values), strict=True):
         assert grad.shape == value.shape
         assert grad.eq(0).all()
+
+
+def test_five_exposures(cuda):
+    torch.manual_seed(0)
+    shapes = [(1, 3, 3, 5)] * 10 + [(1, 2, 3, 5)] * 4 + [(1, 1, 3, 5)] * 4
+
+    def fused(backend):
+        def call(*values):
+            images, flows, masks = values[:5], values[10:14], values[14:]
+            return safnet_ops.fuse_frames(images[0], images[1:], flows, masks, ldr=values[5:10], backend=backend)
+
+        return call
+
+    check_operator(fused(None), fused("reference"), [torch.rand(shape) for shape in shapes], [True] * 18)

@@ -127,3 +127,17 @@ def test_second_derivative():
         (slope,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[3], create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), inputs[0])[0])
     assert_close("second derivative", found[0], found[1])
+
+
+def test_five_exposures():
+    torch.manual_seed(0)
+    shapes = [(1, 3, 3, 5)] * 10 + [(1, 2, 3, 5)] * 4 + [(1, 1, 3, 5)] * 4
+
+    def fused(backend):
+        def call(*values):
+            images, flows, masks = values[:5], values[10:14], values[14:]
+            return safnet_ops.fuse_frames(images[0], images[1:], flows, masks, ldr=values[5:10], backend=backend)
+
+        return call
+
+    check_operator(fused("triton"), fused("reference"), [torch.rand(shape) for shape in shapes], [True] * 18)
