@@ -12,7 +12,7 @@ RUN := $(BIN)/python -m
 .PHONY: demo test bench lint format sanitize release-check wheels gpu clean
 
 # One stamp a set of packages; a change of the build or of the native sources installs again.
-SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := pyproject.toml setup.py safnet_ops/schemas.txt $(wildcard build_tools/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 $(VENV)/tools.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -62,7 +62,7 @@ test-triton: $(TRITON_VENV)/stamp
 
 # The CPU kernels under AddressSanitizer and UBSan: any finding ends the run. Left out are tests that compile, which would run
 # a compiler under them, and gradcheck and opcheck, which call the same kernels on the same shapes thousands of times more; and
-# test_onnx, whose runtimes load libraries in a way (RTLD_DEEPBIND) that sanitizers refuse. -s lets the finding through.
+# test_onnx, whose runtimes load libraries in a way (RTLD_DEEPBIND) that sanitizers refuse; and test_library, of processes that only load. -s lets the finding through.
 SANITIZED := build/sanitized
 LIBASAN := $(shell $(CXX) -print-file-name=libasan.so)
 LIBUBSAN := $(shell $(CXX) -print-file-name=libubsan.so)
@@ -73,14 +73,14 @@ ifeq ($(filter /%,$(LIBASAN)),)
 else
 	CXX=$(CXX) SAFNET_OPS_SANITIZE=1 FORCE_CUDA=0 $(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
 	LD_PRELOAD="$(LIBASAN) $(LIBUBSAN)" ASAN_OPTIONS=detect_leaks=0 $(RUN) pytest -s -o pythonpath="$(SANITIZED) ." tests/safnet_ops --ignore=tests/safnet_ops/cuda --ignore=tests/safnet_ops/triton \
-		--ignore=tests/safnet_ops/test_onnx.py -m "not slow" -k "not compile and not export and not gradcheck and not opcheck"
+		--ignore=tests/safnet_ops/test_onnx.py --ignore=tests/safnet_ops/test_library.py -m "not slow" -k "not compile and not export and not gradcheck and not opcheck"
 endif
 
 bench: $(VENV)/dev.stamp
 	$(RUN) pip install --quiet -e ".[bench]" --no-build-isolation
 	$(RUN) pytest bench
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh simulated_gpu/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh simulated_gpu/*.cpp examples/cpp/*.cpp)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)

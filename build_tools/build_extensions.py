@@ -1,8 +1,9 @@
 """The build_ext command: compiles csrc/ with ninja, in parallel, and writes down what it decided.
 
-csrc/cpu/*.cpp is compiled once per instruction set (csrc/cpu/kernel.h says how that fits together), csrc/cuda/*.cu for a
-list of GPUs (cuda_toolkit.py). Environment: CXX, MAX_JOBS, SAFNET_OPS_BUILD=0 (install without kernels),
-SAFNET_OPS_SANITIZE=1 (AddressSanitizer and UBSan); CUDA_HOME, FORCE_CUDA, TORCH_CUDA_ARCH_LIST.
+csrc/cpu/*.cpp is compiled once per instruction set (csrc/cpu/kernel.h says how that fits together) into libsafnet_ops,
+csrc/cuda/*.cu for a list of GPUs (cuda_toolkit.py) into libsafnet_ops_cuda. Neither knows Python; the module safnet_ops._C
+does. Environment: CXX, MAX_JOBS, SAFNET_OPS_BUILD=0 (install without kernels), SAFNET_OPS_SANITIZE=1 (AddressSanitizer and
+UBSan); CUDA_HOME, FORCE_CUDA, TORCH_CUDA_ARCH_LIST.
 """
 
 import json
@@ -11,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension
@@ -20,6 +22,9 @@ from build_tools import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+SCHEMAS = ROOT / "safnet_ops" / "schemas.txt"
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+CPU_LIBRARY, CUDA_LIBRARY = f"libsafnet_ops{SUFFIX}", f"libsafnet_ops_cuda{SUFFIX}"
 OLDEST_TORCH = "2.11"
 TARGET_VERSION = "0x020b000000000000"  # TORCH_TARGET_VERSION of OLDEST_TORCH: use nothing newer from its stable ABI
 
@@ -49,17 +54,20 @@ class BuildExtensions(build_ext):
         if reason:
             self._decide(f"not building the C++ kernels: {reason}; the PyTorch reference will serve all operators")
             self.extensions: list[Extension] = []
-            self._write_report({"_C": reason})
+            self._write_report({CPU_LIBRARY: reason})
             return
-        modules = {extension.name: extension for extension in self.extensions}
-        self._build_cpu(modules["safnet_ops._C"])
+        self._build_cpu()
         reason = self._why_not_cuda()
         if reason:
             self._decide(f"not building the CUDA kernels: {reason}")
-            self.extensions = [modules["safnet_ops._C"]]
         else:
-            self._build_cuda(modules["safnet_ops._C_cuda"])
-        self._write_report({"_C_cuda": reason} if reason else {})
+            self._build_cuda()
+        self._write_report({CUDA_LIBRARY: reason} if reason else {})
+
+    def _output(self, name: str | None = None) -> Path:
+        """Where a library goes, or the module."""
+        module = Path(self.get_ext_fullpath("safnet_ops._C")).resolve()
+        return module.with_name(name) if name else module
 
     def _ninja(self, file: "NinjaFile") -> None:
         file.run(os.environ.get("MAX_JOBS"))
@@ -77,8 +85,8 @@ class BuildExtensions(build_ext):
         return None
 
     def _write_report(self, missing: dict[str, str]) -> None:
-        """For `python -m safnet_ops.info`, beside the modules: what was decided, and why a module was not built."""
-        report = Path(self.get_ext_fullpath("safnet_ops._C")).with_name("build_report.json")
+        """For `python -m safnet_ops.info`, beside the libraries: what was decided, and why one was not built."""
+        report = self._output("build_report.json")
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps({"decisions": self.decisions, "missing": missing}, indent=1) + "\n")
 
@@ -86,7 +94,7 @@ class BuildExtensions(build_ext):
         self.decisions.append(decision)
         print(f"safnet-ops build: {decision}", file=sys.stderr, flush=True)
 
-    def _build_cpu(self, extension: Extension) -> None:
+    def _build_cpu(self) -> None:
         import torch
 
         compiler = subprocess.run(
@@ -103,7 +111,7 @@ class BuildExtensions(build_ext):
             "-Wno-unknown-pragmas",
             *VECTOR_FLAGS,
         ]
-        link_flags = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+        link_flags: list[str] = []
         folder = f"cpu-{sys.implementation.cache_tag}"
         if os.environ.get("SAFNET_OPS_SANITIZE") == "1":
             folder += "-sanitized"
@@ -114,7 +122,7 @@ class BuildExtensions(build_ext):
                 "-fno-sanitize-recover=all",
                 "-fno-omit-frame-pointer",
             ]
-            flags, link_flags = [*flags, *sanitizers], [*link_flags, *sanitizers]
+            flags, link_flags = [*flags, *sanitizers], sanitizers
             self._decide("with AddressSanitizer and UndefinedBehaviorSanitizer")
         self._decide(f"compiler {self.compiler_path} ({compiler}), flags {' '.join(flags)}")
         self._decide(f"headers of torch {torch.__version__}, stable ABI of torch {OLDEST_TORCH} and later")
@@ -133,7 +141,9 @@ class BuildExtensions(build_ext):
         flags += [f"-I{CSRC}", *(f"-isystem{path}" for path in self._include_dirs())]
 
         ninja = NinjaFile(ROOT / "build" / folder, self.compiler_path)
-        objects = [ninja.compile(CSRC / "module.cpp", "module", flags)]
+        schemas = [line for line in SCHEMAS.read_text().splitlines() if not line.startswith("#")]
+        definition = f"-DSAFNET_SCHEMAS={', '.join(map(_quote, schemas))}"
+        objects = [ninja.compile(CSRC / "library.cpp", "library", [*flags, definition])]
         # The baseline's objects come first: of a header's function that several of them hold, the linker keeps the first.
         for name, extra in variants.items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
@@ -141,17 +151,17 @@ class BuildExtensions(build_ext):
                 objects.append(
                     ninja.compile(source, f"{source.stem}.{name}", [*flags, *extra, f"-DSAFNET_ISA={name}", host])
                 )
-        library_dir = Path(torch.__file__).parent / "lib"
-        libraries = (
-            [f"-L{library_dir}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"] if sys.platform != "darwin" else []
-        )
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        ninja.link(objects, output, [*link_flags, *libraries])
-        jobs = os.environ.get("MAX_JOBS")
-        self._decide(
-            f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else "")
-        )
+        library, module = self._output(CPU_LIBRARY), self._output()
+        ninja.link(objects, library, [*link_flags, *_library_flags(library), *_torch_libraries("torch_cpu", "torch")])
+        module_object = ninja.compile(CSRC / "module.cpp", "module", flags)
+        ninja.link([module_object], module, [*link_flags, *_module_flags(library)], after=[library])
+        self._decide_output([library, module], len(objects) + 1)
         self._ninja(ninja)
+
+    def _decide_output(self, outputs: list[Path], objects: int) -> None:
+        jobs = os.environ.get("MAX_JOBS")
+        names = " and ".join(output.name for output in outputs)
+        self._decide(f"building {names} from {objects} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else ""))
 
     def _why_not_cuda(self) -> str | None:
         import torch
@@ -159,7 +169,7 @@ class BuildExtensions(build_ext):
         self.toolkit = cuda_toolkit.find_toolkit()
         return cuda_toolkit.why_not(self.toolkit, torch.version.cuda)
 
-    def _build_cuda(self, extension: Extension) -> None:
+    def _build_cuda(self) -> None:
         import torch
 
         assert self.toolkit is not None
@@ -168,7 +178,6 @@ class BuildExtensions(build_ext):
         version = ".".join(map(str, self.toolkit.version))
         self._decide(f"nvcc {self.toolkit.nvcc} of CUDA {version}, torch of CUDA {torch.version.cuda}")
         self._decide(f"CUDA kernels for {' '.join(architectures)} ({origin})")
-        includes = [f"-I{CSRC}", *(f"-isystem{path}" for path in self._include_dirs())]
         defines = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA"]
         flags = [
             "-std=c++17",
@@ -181,27 +190,15 @@ class BuildExtensions(build_ext):
         flags += [*cuda_toolkit.architecture_flags(architectures), *defines, f"-I{CSRC}", *headers]
 
         ninja = NinjaFile(ROOT / "build" / f"cuda-{sys.implementation.cache_tag}", self.compiler_path)
-        names = f"-DSAFNET_ARCHITECTURES={_quote(' '.join(architectures))}"
-        module_flags = ["-O2", "-fPIC", "-fvisibility=hidden", names, *includes]
-        objects = [ninja.compile(CSRC / "cuda" / "module.cpp", "module", module_flags)]
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
-            objects.append(ninja.compile_cuda(source, source.stem, flags, self.toolkit.nvcc))
-        library_dirs = [Path(torch.__file__).parent / "lib", *self.toolkit.library_dirs]
-        libraries = [
-            *(f"-L{path}" for path in library_dirs),
-            "-Wl,--no-as-needed",
-            "-ltorch_cpu",
-            "-ltorch",
-            "-lcudart",
+        objects = [
+            ninja.compile_cuda(source, source.stem, flags, self.toolkit.nvcc)
+            for source in sorted((CSRC / "cuda").glob("*.cu"))
         ]
-        if torch.version.cuda is not None:
-            libraries.append("-ltorch_cuda")
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        ninja.link(objects, output, ["-shared", *libraries])
-        jobs = os.environ.get("MAX_JOBS")
-        self._decide(
-            f"building {output.name} from {len(objects)} objects" + (f" in {jobs} jobs (MAX_JOBS)" if jobs else "")
-        )
+        libraries = _torch_libraries("torch_cpu", "torch", *(["torch_cuda"] if torch.version.cuda else []))
+        toolkit = [f"-L{path}" for path in self.toolkit.library_dirs]
+        library = self._output(CUDA_LIBRARY)
+        ninja.link(objects, library, [*_library_flags(library), *toolkit, *libraries, "-lcudart"])
+        self._decide_output([library], len(objects))
         self._ninja(ninja)
 
     def _instruction_sets(self) -> dict[str, list[str]]:
@@ -284,9 +281,10 @@ class NinjaFile:
         )
         return f"{name}.cu.o"
 
-    def link(self, objects: list[str], output: Path, flags: list[str]) -> None:
+    def link(self, objects: list[str], output: Path, flags: list[str], after: Sequence[Path] = ()) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.writer.build([str(output)], "link", objects, variables={"flags": " ".join(map(_shell, flags))})
+        variables = {"flags": " ".join(map(_shell, flags))}
+        self.writer.build([str(output)], "link", objects, implicit=list(map(str, after)), variables=variables)
 
     def run(self, jobs: str | None) -> None:
         self.file.close()
@@ -299,6 +297,28 @@ class NinjaFile:
         rules = ["compile", "compile_cuda"] if self.knows_cuda else ["compile"]
         ninja = [sys.executable, "-m", "ninja", "-C", str(self.folder), "--quiet", "-t", "compdb", *rules]
         return json.loads(subprocess.run(ninja, capture_output=True, text=True, check=True).stdout)
+
+
+def _library_flags(library: Path) -> list[str]:
+    """A shared library that others find by its name, in whatever folder it lies then."""
+    if sys.platform == "darwin":
+        return ["-dynamiclib", f"-Wl,-install_name,@rpath/{library.name}"]
+    return ["-shared", f"-Wl,-soname,{library.name}"]
+
+
+def _module_flags(library: Path) -> list[str]:
+    """A Python module that uses the library beside it."""
+    if sys.platform == "darwin":
+        return ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path", str(library)]
+    return ["-shared", "-Wl,-rpath,$ORIGIN", str(library)]
+
+
+def _torch_libraries(*names: str) -> list[str]:
+    import torch
+
+    folder = Path(torch.__file__).parent / "lib"
+    needed = [] if sys.platform == "darwin" else ["-Wl,--no-as-needed"]
+    return [f"-L{folder}", *needed, *(f"-l{name}" for name in names)]
 
 
 def _quote(text: str) -> str:

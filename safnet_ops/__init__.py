@@ -4,7 +4,7 @@
 """
 
 from safnet_ops import backends, flops, nn, reference
-from safnet_ops.backends import use_backend
+from safnet_ops.backends import libraries, use_backend
 from safnet_ops.backward_warp import backward_warp
 from safnet_ops.census_loss import census_loss
 from safnet_ops.fuse_frames import fuse_frames
@@ -20,6 +20,7 @@ __all__ = [
     "fuse_frames",
     "fused_fuse",
     "group_conv_shuffle",
+    "libraries",
     "nn",
     "reference",
     "upsample_fuse",

@@ -1,14 +1,16 @@
 """Which implementation runs an operator: the choice by device, its overrides, and the reasons when one is missing.
 
 Every operator is registered twice: `torch.ops.safnet_ops` holds the compiled kernels (C++ under the CPU key, CUDA C++ under the
-CUDA key), `torch.ops.safnet_ops_triton` the Triton ones. The schemas live here in Python, so that fakes, torch.compile and
-the Triton kernels work where nothing was compiled; importing the compiled modules only adds kernels to them.
+CUDA key), `torch.ops.safnet_ops_triton` the Triton ones. schemas.txt has their signatures. The library of C++ kernels defines
+the compiled ones, so that programs without Python have them; where nothing was compiled they are defined here, as fakes,
+torch.compile and the Triton kernels need them.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -20,8 +22,11 @@ from safnet_ops.operators import OPERATORS
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
-COMPILED = torch.library.Library("safnet_ops", "DEF")
-TRITON = torch.library.Library("safnet_ops_triton", "DEF")
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+_LIBRARIES = {
+    "cpp": f"libsafnet_ops{_SUFFIX}",
+    "cuda": f"libsafnet_ops_cuda{_SUFFIX}",
+}  # of shared objects without Python
 
 _PREFERRED = {
     "cpu": ("cpp",),
@@ -33,41 +38,74 @@ _forced: ContextVar[str | None] = ContextVar("safnet_ops backend", default=None)
 _blocks: list["_Block"] = []  # of `use_backend` in all threads, for torch.compile, which reads no context variables
 
 
-def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Define an operator for the compiled and for the Triton kernels, with its fake (meta) implementation."""
-    name = schema.partition("(")[0]
+def _load_library(backend: str) -> None:
+    """Load the library of this backend's kernels, or note why it is missing. Never fails, never builds."""
+    path = _path(backend)
+    if not path.is_file():
+        _missing[backend] = _why_not_built(path.name)
+        return
+    if backend == "cuda" and torch.version.cuda is None:
+        _missing[backend] = f"{path.name} was built, but this torch has no CUDA"
+        return
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        _missing[backend] = f"{path.name} failed to load: {error}"
+
+
+def _path(backend: str) -> Path:
+    return Path(__file__).with_name(_LIBRARIES[backend])
+
+
+def _why_not_built(library: str) -> str:
+    report = Path(__file__).with_name("build_report.json")
+    reason = json.loads(report.read_text())["missing"].get(library) if report.is_file() else None
+    return f"{library} was not built: {reason or 'pip install was not run on this checkout'}"
+
+
+_load_library("cpp")
+COMPILED = torch.library.Library("safnet_ops", "FRAGMENT")
+TRITON = torch.library.Library("safnet_ops_triton", "DEF")
+_SCHEMAS = {
+    line.partition("(")[0]: line
+    for line in Path(__file__).with_name("schemas.txt").read_text().splitlines()
+    if not line.startswith("#")
+}
+
+
+def define(name: str, fake: Callable[..., Any]) -> None:
+    """Define an operator of schemas.txt for the compiled and for the Triton kernels, with its fake (meta) implementation.
+
+    Raises:
+        ImportError: the library of C++ kernels has defined it with another signature.
+    """
     for library in (COMPILED, TRITON):
-        library.define(schema)
+        operators = getattr(torch.ops, library.ns)
+        if not hasattr(operators, name):
+            library.define(_SCHEMAS[name])
+        elif getattr(operators, name).default._schema != torch._C.parse_schema(f"{library.ns}::{_SCHEMAS[name]}"):
+            raise ImportError(
+                f"{_path('cpp')} was built from other sources, with another {name}: run pip install again"
+            )
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 
 def load() -> None:
-    """Import whatever kernels this installation has, and note why the others are missing. Never fails, never builds."""
-    _load_compiled("cpp", "_C", "CPU")
-    _load_compiled("cuda", "_C_cuda", "CUDA")
+    """Find what kernels this installation has for the operators, and why others are missing. Never fails, never builds."""
+    _load_library("cuda")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for backend, key in (("cpp", "CPU"), ("cuda", "CUDA")):
+        if backend not in _missing:
+            _served[backend] = frozenset(name for name in OPERATORS if has_kernel(f"safnet_ops::{name}", key))
     _load_triton()
 
 
-def _load_compiled(backend: str, module: str, key: str) -> None:
-    if importlib.util.find_spec(f"safnet_ops.{module}") is None:
-        _missing[backend] = _why_not_built(module)
-        return
-    if backend == "cuda" and torch.version.cuda is None:
-        _missing[backend] = f"safnet_ops.{module} was built, but this torch has no CUDA"
-        return
-    try:
-        importlib.import_module(f"safnet_ops.{module}")
-    except (ImportError, OSError) as error:
-        _missing[backend] = f"safnet_ops.{module} failed to load: {error}"
-        return
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    _served[backend] = frozenset(name for name in OPERATORS if has_kernel(f"safnet_ops::{name}", key))
+def libraries() -> tuple[Path, ...]:
+    """The shared libraries of this installation's C++ and CUDA kernels: what programs without Python load.
 
-
-def _why_not_built(module: str) -> str:
-    report = Path(__file__).with_name("build_report.json")
-    reason = json.loads(report.read_text())["missing"].get(module) if report.is_file() else None
-    return f"safnet_ops.{module} was not built: {reason or 'pip install was not run on this checkout'}"
+    Loading the first defines the operators. They need libtorch 2.11 or newer, and no Python.
+    """
+    return tuple(_path(backend) for backend in _LIBRARIES if backend not in _missing)
 
 
 def _load_triton() -> None:

@@ -136,10 +136,7 @@ def _fake_backward(grad: Tensor, image: Tensor, flow: Tensor, needs: int, determ
     return empty_gradient(image, is_needed(needs, 0)), empty_gradient(flow, is_needed(needs, 1))
 
 
-define("backward_warp(Tensor image, Tensor flow) -> Tensor", _fake_forward)
-define(
-    "backward_warp_backward(Tensor grad, Tensor image, Tensor flow, int needs, bool deterministic) -> (Tensor, Tensor)",
-    _fake_backward,
-)
+define("backward_warp", _fake_forward)
+define("backward_warp_backward", _fake_backward)
 differentiate("backward_warp", Forward, reference.backward_warp)
 register_autocast("backward_warp", partial(promote, geometry=GEOMETRY))

@@ -153,10 +153,7 @@ def _fake_backward(grad: Tensor, prediction: Tensor, target: Tensor, patch_size:
     return empty_image(prediction)
 
 
-define("census_loss(Tensor prediction, Tensor target, int patch_size, bool deterministic) -> Tensor", _fake_forward)
-define(
-    "census_loss_backward(Tensor grad, Tensor prediction, Tensor target, int patch_size, bool deterministic) -> Tensor",
-    _fake_backward,
-)
+define("census_loss", _fake_forward)
+define("census_loss_backward", _fake_backward)
 differentiate("census_loss", _Forward, _definition, _Whole, _backward_definition)
 register_autocast("census_loss", promote)

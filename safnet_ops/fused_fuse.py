@@ -147,14 +147,7 @@ def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     )
 
 
-_INPUTS = (
-    "Tensor short, Tensor reference, Tensor long, Tensor flow_short, Tensor flow_long, Tensor mask_short, Tensor mask_long,"
-    " Tensor? reference_ldr, Tensor? weight_short, Tensor? weight_reference, Tensor? weight_long, bool mask_logits"
-)
-define(f"fused_fuse({_INPUTS}) -> Tensor", _fake_forward)
-define(
-    f"fused_fuse_backward(Tensor grad, {_INPUTS}, int needs, bool deterministic) -> ({', '.join(['Tensor'] * 11)})",
-    _fake_backward,
-)
+define("fused_fuse", _fake_forward)
+define("fused_fuse_backward", _fake_backward)
 differentiate("fused_fuse", Forward, _definition)
 register_autocast("fused_fuse", partial(promote, geometry=GEOMETRY))

@@ -307,16 +307,9 @@ def _fake_backward(
     )
 
 
-define(
-    "group_conv_shuffle(Tensor input, Tensor weight, Tensor? bias, Tensor? prelu_weight, Tensor? residual, int groups,"
-    " int stride, int dilation, bool save_preactivation) -> (Tensor, Tensor)",
-    _fake_forward,
-)
-# `preactivation` (before PReLU and shuffle) is empty where there is no PReLU. The weight's gradient is contiguous.
-define(
-    "group_conv_shuffle_backward(Tensor grad, Tensor preactivation, Tensor input, Tensor weight, Tensor? prelu_weight,"
-    " int groups, int stride, int dilation, int needs, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
-)
+# The second result, `preactivation` (before PReLU and shuffle), is empty where there is no PReLU.
+define("group_conv_shuffle", _fake_forward)
+# The weight's gradient is contiguous.
+define("group_conv_shuffle_backward", _fake_backward)
 differentiate("group_conv_shuffle", _Forward, _definition, _Backward, _backward_definition)
 register_autocast("group_conv_shuffle", lower)

@@ -98,10 +98,6 @@ def _fake(short: Tensor, reference: Tensor, long: Tensor, flow_short: Tensor, *o
     return empty_image(short), *full
 
 
-define(
-    "upsample_fuse(Tensor short, Tensor reference, Tensor long, Tensor flow_short, Tensor flow_long, Tensor mask_short,"
-    " Tensor mask_long, Tensor reference_ldr) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake,
-)
+define("upsample_fuse", _fake)
 differentiate("upsample_fuse", _Rule, references.upsample_fuse)
 register_autocast("upsample_fuse", partial(promote, geometry=GEOMETRY))

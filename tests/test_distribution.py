@@ -49,7 +49,7 @@ def wheel(release):
 
 def files_of(folder, *parts):
     """What lies in a part of a source folder and is no product of a build or a run, relative to the folder."""
-    products = {".so", ".pyc", ".pyd"}
+    products = {".so", ".dylib", ".pyc"}
     found = (path for part in parts for path in (folder / part).rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix()

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cpu/scalar.h"
+#include "library.h"
 
 namespace safnet {
 
@@ -51,13 +52,5 @@ SAFNET_INLINE T* row(const View& view, int64_t n, int64_t c, int64_t y) {
 #define SAFNET_KERNEL(name) (&::safnet::baseline::name)
 #endif
 // clang-format on
-
-enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
-
-// The best one of this processor; SAFNET_OPS_ISA=baseline|avx2|avx512 in the environment lowers it (csrc/module.cpp).
-InstructionSet instruction_set();
-
-// Tests force 64-bit offsets on tensors that do not need them (csrc/module.cpp).
-bool force_64bit_offsets();
 
 }  // namespace safnet

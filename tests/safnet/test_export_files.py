@@ -2,9 +2,13 @@
 
 import copy
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import cv2
+import numpy as np
 import onnx
 import onnxruntime
 import openvino
@@ -17,8 +21,10 @@ import safnet_ops
 from safnet.cli import app
 from safnet.export import TRACED, ExportWarning, export_model, trace, write_program
 from safnet.model import SAFNet, network_size
+from safnet.radiance import exposure_input
 from safnet.weights import load_model
 
+ROOT = Path(__file__).parents[2]
 BATCH, _, *SIDES = TRACED
 SIZES = [(BATCH, *SIDES), (1, 64, 64), (1, 33, 47), (3, 40, 101)]
 TINY = [(1, 20, 30), (1, 1, 5)]  # what torch.export's guards refuse, the other formats take
@@ -159,17 +165,78 @@ class Fusion(torch.nn.Module):
         )
 
 
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """What AOTInductor makes of a Fusion, by way of a file."""
+    folder = tmp_path_factory.mktemp("package")
+    with torch.no_grad():
+        torch.export.save(trace(Fusion()), folder / "fusion.pt2")
+        program = torch.export.load(folder / "fusion.pt2")
+        return torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "compiled.pt2"))
+
+
 @torch.no_grad()
-def test_a_package_of_aot_inductor_freezes_no_size(tmp_path):
+def test_a_package_of_aot_inductor_freezes_no_size(package):
     """AOTInductor keeps no guards: a size that was frozen would give wrong results in silence."""
-    module = Fusion()
-    torch.export.save(trace(module), tmp_path / "fusion.pt2")
-    program = torch.export.load(tmp_path / "fusion.pt2")
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
-    compiled = torch._inductor.aoti_load_package(package)
+    module, compiled = Fusion(), torch._inductor.aoti_load_package(package)
     for size in SIZES + TINY:
         exposures = noise(*size)
         assert (compiled(*exposures) - module(*exposures)).abs().max() < 1e-4, size
+
+
+@pytest.fixture(scope="module")
+def cpp_program(tmp_path_factory):
+    """The example in C++, built as its CMakeLists.txt says; runs it and returns its exit code and complaint."""
+    folder = tmp_path_factory.mktemp("cpp")
+    choose = f"-DPython3_EXECUTABLE={sys.executable}"
+    for command in (["-B", folder, "-S", ROOT / "examples" / "cpp", choose], ["--build", folder]):
+        done = subprocess.run(["cmake", *command], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(*arguments):
+        done = subprocess.run([folder / "fuse", *map(str, arguments)], capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    return run
+
+
+EVS = (-2, 0, 2)
+
+
+def write_frames(folder, height, width):
+    """Three PPM files, two of 8 bits and one of 16; the exposures that they stand for."""
+    inputs = []
+    for name, ev, highest in zip(("short", "reference", "long"), EVS, (255, 65535, 255), strict=True):
+        codes = (torch.rand(height, width, 3) * highest).round()
+        kind = np.uint8 if highest == 255 else np.dtype(">u2")
+        (folder / f"{name}.ppm").write_bytes(
+            f"P6 {width} {height} {highest}\n".encode() + codes.numpy().astype(kind).tobytes()
+        )
+        inputs.append(exposure_input(codes.permute(2, 0, 1)[None] / highest, 2.0 ** (ev - min(EVS))))
+    return inputs
+
+
+def frames_of(folder, evs=EVS):
+    names = ("short", "reference", "long")
+    return [part for name, ev in zip(names, evs, strict=True) for part in (folder / f"{name}.ppm", ev)]
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@torch.no_grad()
+def test_a_program_without_python_runs_a_package(package, cpp_program, tmp_path):
+    inputs = write_frames(tmp_path, 40, 51)
+    fused = tmp_path / "fused.pfm"
+    assert cpp_program(package, fused, *frames_of(tmp_path)) == (0, "")
+    found = torch.from_numpy(cv2.imread(str(fused), cv2.IMREAD_UNCHANGED)[..., ::-1].copy())
+    expected = Fusion()(*inputs)[0].permute(1, 2, 0)
+    assert (found - expected).abs().max() < 1e-4
+
+    assert cpp_program() == (2, "usage: fuse compiled.pt2 fused.pfm short.ppm EV reference.ppm EV long.ppm EV\n")
+    code, complaint = cpp_program(package, fused, *frames_of(tmp_path, (-2, "1/3", 2)))
+    assert (code, complaint) == (1, "fuse: an EV must be a number, got 1/3\n")
+    (tmp_path / "long.ppm").write_bytes(b"P6 51 40 255\n")
+    code, complaint = cpp_program(package, fused, *frames_of(tmp_path))
+    assert (code, complaint) == (1, f"fuse: {tmp_path / 'long.ppm'}: fewer pixels than its header says\n")
 
 
 def export(*arguments):

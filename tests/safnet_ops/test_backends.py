@@ -1,4 +1,4 @@
-"""The choice of backends, the report, and an installation without kernels."""
+"""The choice of backends, and the report."""
 
 import os
 import subprocess
@@ -54,30 +54,6 @@ def test_info_names_every_operator_and_every_missing_backend():
     for backend in backends.BACKENDS:
         if not any(backends.serves(name, backend) for name in OPERATORS):
             assert f"{backend} is missing" in text
-
-
-WITHOUT_KERNELS = """
-import sys
-sys.modules["safnet_ops._C"] = None
-sys.modules["triton"] = None
-import torch, safnet_ops
-from safnet_ops import info
-image, flow = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 4, 5)
-assert torch.equal(safnet_ops.backward_warp(image, flow), image)
-try:
-    safnet_ops.backward_warp(image, flow, backend="cpp")
-except RuntimeError as error:
-    assert "backend 'cpp' is not available: safnet_ops._C was not built" in str(error), error
-else:
-    raise AssertionError("no error")
-print(info.report())
-"""
-
-
-def test_without_kernels_the_reference_serves():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "cpp is missing" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2"])
