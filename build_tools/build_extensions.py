@@ -143,7 +143,7 @@ class BuildExtensions(build_ext):
         ninja = NinjaFile(ROOT / "build" / folder, self.compiler_path)
         schemas = [line for line in SCHEMAS.read_text().splitlines() if not line.startswith("#")]
         definition = f"-DSAFNET_SCHEMAS={', '.join(map(_quote, schemas))}"
-        objects = [ninja.compile(CSRC / "library.cpp", "library", [*flags, definition])]
+        objects = [ninja.compile(CSRC / f"{name}.cpp", name, [*flags, definition]) for name in ("library", "workspace")]
         # The baseline's objects come first: of a header's function that several of them hold, the linker keeps the first.
         for name, extra in variants.items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):

@@ -4,6 +4,7 @@
 #include <torch/headeronly/version.h>
 
 #include "library.h"
+#include "workspace.h"
 
 namespace {
 
@@ -34,4 +35,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_64bit_offsets", [](bool on) { safnet::force_64bit_offsets(on); }, pybind11::arg("on"),
       "For tests: use 64-bit offsets even where 32 bits would do.");
+  pybind11::class_<safnet::Workspace, std::shared_ptr<safnet::Workspace>>(m, "Workspace",
+                                                                          "Memory that results hand on to each other.")
+      .def("close", &safnet::Workspace::close, "From now on, free what is given back.")
+      .def("bytes", &safnet::Workspace::bytes, "Of results that live, and of those that are gone.");
+  m.def("open_workspace", &safnet::open_workspace, "One for this thread until it is closed; None where one is open.");
 }

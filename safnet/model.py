@@ -274,8 +274,9 @@ class SAFNet(nn.Module):
         self, short: Tensor, reference: Tensor, long: Tensor, scale_factor: float = 0.5, refine: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Returns (fused, refined): the explicit fusion Hm and the refined result Hr; with refine=False both are Hm."""
-        fusion = self.fuse(short, reference, long, self.estimate(short, reference, long, scale_factor))
-        return fusion.fused, self.refine(short, reference, long, fusion) if refine else fusion.fused
+        with safnet_ops.workspace():
+            fusion = self.fuse(short, reference, long, self.estimate(short, reference, long, scale_factor))
+            return fusion.fused, self.refine(short, reference, long, fusion) if refine else fusion.fused
 
     def estimate(self, short: Tensor, reference: Tensor, long: Tensor, scale_factor: float = 0.5) -> Alignment:
         """Flows and mask LOGITS at the network's size: sides times scale_factor, rounded up to a multiple of 16."""

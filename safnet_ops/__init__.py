@@ -12,6 +12,7 @@ from safnet_ops.fused_fuse import fused_fuse
 from safnet_ops.group_conv_shuffle import group_conv_shuffle
 from safnet_ops.upsample_fuse import upsample_fuse
 from safnet_ops.version import __version__
+from safnet_ops.workspace import workspace
 
 __all__ = [
     "__version__",
@@ -25,6 +26,7 @@ __all__ = [
     "reference",
     "upsample_fuse",
     "use_backend",
+    "workspace",
 ]
 
 backends.load()

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "workspace.h"
 
 namespace safnet {
 
@@ -51,25 +52,45 @@ inline bool is_channels_last(const Tensor& tensor) {
   return tensor.size(1) > 1 && tensor.stride(1) == 1 && tensor.stride(3) >= tensor.size(1);
 }
 
-// Memory of this size comes from the system anew every time (it is the largest that glibc's allocator keeps), page by
-// page as it is first written: with pages of 4 KiB that takes as long as a quarter of a convolution. Advice only:
-// nothing changes where huge pages are not offered.
-inline void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
+// Smaller memory torch's allocator keeps, and hands on by itself. Fresh memory comes from the system page by page as it
+// is first written, which takes as long as a quarter of a convolution.
+constexpr size_t kFresh = size_t{1} << 20;
+
+// Memory of this size comes from the system anew every time: it is the largest that glibc's allocator keeps. Advice
+// only: nothing changes where huge pages are not offered.
+inline void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
-  constexpr size_t kFresh = size_t{32} << 20;
   constexpr uintptr_t kPage = 4096;
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  if (bytes < kFresh) return;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kPage - 1) & ~(kPage - 1);
+  if (bytes < size_t{32} << 20) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);
   madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
 #endif
 }
 
+inline size_t bytes_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
+// In the memory of the calling thread's workspace, which gets it back with the tensor's end. Nothing where it has none.
+inline std::optional<Tensor> empty_in_workspace(const std::vector<int64_t>& size, ScalarType type, bool channels_last) {
+  size_t bytes = bytes_of(type);
+  for (const int64_t length : size) bytes *= static_cast<size_t>(length);
+  const std::shared_ptr<Workspace> workspace = bytes < kFresh ? nullptr : current_workspace();
+  if (workspace == nullptr) return std::nullopt;
+  const Workspace::Part part = workspace->take(bytes);
+  if (part.memory == nullptr) return std::nullopt;
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t axis = size.size(); axis-- > 1;) stride[axis - 1] = stride[axis] * size[axis];
+  if (channels_last) stride = {stride[0], 1, size[3] * size[1], size[1]};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(part.memory, size, stride, cpu, type,
+                                  [workspace, part](void*) { workspace->give_back(part); });
+}
+
 inline Tensor empty(const std::vector<int64_t>& size, ScalarType type, bool channels_last = false) {
   using torch::headeronly::MemoryFormat;
+  if (std::optional<Tensor> result = empty_in_workspace(size, type, channels_last)) return *result;
   Tensor result = torch::stable::empty(size, type, std::nullopt, std::nullopt, std::nullopt,
                                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  ask_for_huge_pages(result);
+  ask_for_huge_pages(result.data_ptr(), static_cast<size_t>(result.numel()) * result.element_size());
   return result;
 }
 

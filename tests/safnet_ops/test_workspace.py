@@ -1,0 +1,189 @@
+"""Results that lie in memory of others that are gone."""
+
+import gc
+import importlib
+import resource
+import threading
+
+import pytest
+import torch
+
+import safnet_ops
+from safnet_ops import backends, group_conv_shuffle
+
+pytestmark = pytest.mark.skipif(not backends.serves("group_conv_shuffle", "cpp"), reason="no C++ kernels")
+
+torch.manual_seed(0)
+WEIGHT = torch.randn(32, 32, 3, 3) / 17
+PICTURE = torch.randn(1, 32, 160, 256)  # 5 MB
+
+
+def convolve(x, **options):
+    with torch.no_grad():
+        return group_conv_shuffle(x, WEIGHT.to(x.dtype), backend="cpp", **options)
+
+
+def places(count):
+    """Where results lie that are each made of the one before."""
+    x, found = PICTURE, []
+    for _ in range(count):
+        x = convolve(x)
+        found.append(x.data_ptr())
+    return found
+
+
+def test_results_take_the_memory_of_those_that_are_gone():
+    with safnet_ops.workspace():
+        assert len(set(places(6))) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_values_and_layouts_are_the_same(dtype, memory_format):
+    picture = PICTURE.to(dtype).contiguous(memory_format=memory_format)
+    expected = convolve(convolve(picture))
+    with safnet_ops.workspace():
+        for _ in range(3):
+            result = convolve(convolve(picture))
+    assert torch.equal(result, expected)
+    assert (result.stride(), result.dtype) == (expected.stride(), expected.dtype)
+
+
+def test_a_result_outlives_its_block():
+    with safnet_ops.workspace():
+        kept = convolve(PICTURE)
+        places(3)
+    places(3)
+    with safnet_ops.workspace():
+        places(3)
+    gc.collect()
+    assert torch.equal(kept, convolve(PICTURE))
+
+
+def test_memory_that_is_in_use_is_nobody_elses():
+    with safnet_ops.workspace():
+        results = [convolve(PICTURE) for _ in range(4)]
+        views = [result[:, :, 1:] for result in results]
+        del results
+        places(4)
+        for view in views:
+            assert torch.equal(view, convolve(PICTURE)[:, :, 1:])
+
+
+def test_gradients_are_the_same():
+    def gradients():
+        weight = WEIGHT.clone().requires_grad_()
+        x = PICTURE
+        for _ in range(3):
+            x = group_conv_shuffle(x, weight, prelu_weight=torch.full((32,), 0.2), backend="cpp")
+        x.square().mean().backward()
+        return weight.grad
+
+    expected = gradients()
+    with safnet_ops.workspace():
+        for _ in range(2):
+            assert torch.equal(gradients(), expected)
+
+
+def test_the_outermost_block_counts():
+    with safnet_ops.workspace():
+        first = set(places(4))
+        with safnet_ops.workspace():
+            assert set(places(4)) <= first
+        assert set(places(4)) <= first
+
+
+def test_threads_have_their_own():
+    found = {}
+
+    def work(name):
+        with safnet_ops.workspace():
+            for _ in range(5):
+                found[name] = convolve(convolve(PICTURE))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = convolve(convolve(PICTURE))
+    assert len(found) == 4
+    assert all(torch.equal(result, expected) for result in found.values())
+
+
+def test_a_result_may_end_in_another_thread():
+    with safnet_ops.workspace():
+        kept = [convolve(PICTURE)]
+        place = kept[0].data_ptr()
+        thread = threading.Thread(target=kept.clear)
+        thread.start()
+        thread.join()
+        assert convolve(PICTURE).data_ptr() == place
+
+
+def test_an_error_ends_the_block():
+    with pytest.raises(ValueError, match="mine"), safnet_ops.workspace():
+        raise ValueError("mine")
+    with safnet_ops.workspace():
+        assert len(set(places(6))) == 2
+
+
+def page_faults(function):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    function()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="counted where Linux does")
+def test_it_saves_page_faults():
+    picture = torch.randn(1, 32, 512, 768)  # 50 MB
+
+    def work():
+        for _ in range(4):
+            convolve(picture)
+
+    work()
+    alone = page_faults(work)
+    with safnet_ops.workspace():
+        work()
+        assert page_faults(work) < 0.1 * alone
+
+
+@pytest.fixture
+def workspace():
+    """One of this thread, with its accounts."""
+    opened = importlib.import_module("safnet_ops._C").open_workspace()
+    yield opened
+    opened.close()
+
+
+def result_of(megabytes):
+    return convolve(torch.zeros(1, 32, 64, 128 * megabytes))
+
+
+def test_it_holds_no_more_than_results_needed_at_one_time(workspace):
+    results = [result_of(2) for _ in range(4)]
+    needed = workspace.bytes()
+    assert 8 << 20 <= needed < 9 << 20
+    del results
+    for megabytes in (5, 1, 8, 3, 6, 2, 7):
+        result_of(megabytes)
+        assert megabytes << 20 <= workspace.bytes() <= needed
+    results = [result_of(8) for _ in range(2)]
+    assert len(results) == 2
+    assert 16 << 20 <= workspace.bytes() < 17 << 20
+
+
+def test_a_small_result_does_not_take_much_memory(workspace):
+    first = result_of(8).data_ptr()
+    assert result_of(3).data_ptr() != first
+
+
+def test_nothing_is_held_after_its_end(workspace):
+    kept = result_of(4)
+    result_of(2)
+    workspace.close()
+    assert 4 << 20 <= workspace.bytes() < 5 << 20
+    assert kept.sum() == 0
+    del kept
+    assert workspace.bytes() == 0
