@@ -22,6 +22,7 @@ from torch.utils.data import default_collate
 
 import safnet_ops
 from safnet.evaluation.timing import device_name
+from safnet.memory import reuse_freed_memory
 from safnet.training.crops import CachedScenes, Crop, Crops, open_scenes
 from safnet.training.perceptual import VGG16
 from safnet.training.run import Training
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="crops a step, instead of the configuration's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
+    reuse_freed_memory()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         values = {**read_configuration(options.config), "out": Path(folder), "scenes": None}

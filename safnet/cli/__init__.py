@@ -10,6 +10,7 @@ import typer
 import safnet
 from safnet.cli import batch, evaluate, export, fit_refine, fuse, info, synthesize, train
 from safnet.cli.terminal import BAD_INPUT, OneLineErrors
+from safnet.memory import reuse_freed_memory
 
 app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
 
@@ -40,3 +41,4 @@ def main(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(BAD_INPUT)
+    reuse_freed_memory()

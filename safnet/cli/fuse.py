@@ -93,10 +93,9 @@ def fuse(
         import torch
 
         from safnet.exposures import format_evs, parse_evs
-        from safnet.memory import parse_size, reuse_freed_memory
+        from safnet.memory import parse_size
         from safnet.pipeline import FusionWarning, fuse_files
 
-        reuse_freed_memory()
         use_threads(threads)
         with progress_bar() as progress, notes(FusionWarning):
             result = fuse_files(
