@@ -82,6 +82,7 @@ DEPTHS: dict[str, tuple[Depth, ...]] = {
     ".tif": ("float", "uint16"),
     ".tiff": ("float", "uint16"),
 }
+RESULT_EXTENSIONS = (*DEPTHS, *ULTRA_HDR_EXTENSIONS)
 # 16-bit values are divided by 2^16, not by 65535, as the published SAFNet does; 32-bit ones follow suit.
 INTEGER_SCALES = {"uint8": 255.0, "uint16": 2.0**16, "uint32": 2.0**32}
 FLOAT_TYPES = ("half", "float", "double")

@@ -15,6 +15,7 @@ from safnet.fuse import TILE, Progress, Result, default_tile, fuse_exposures
 from safnet.images import (
     DEPTHS,
     PICTURE_EXTENSIONS,
+    RESULT_EXTENSIONS,
     ULTRA_HDR_EXTENSIONS,
     BytePicture,
     FloatPicture,
@@ -194,7 +195,7 @@ def check_destinations(
     """All files that `fuse_files` will write. Raises ImageError where it may not, or where two are one file."""
     results = {}
     if output is not None:
-        check_destination("--output", output, (*DEPTHS, *ULTRA_HDR_EXTENSIONS), overwrite)
+        check_destination("--output", output, RESULT_EXTENSIONS, overwrite)
         formats = DEPTHS.get(output.suffix.lower(), ("8 bits and a gain map",))
         if depth is not None and depth not in formats:
             raise ImageError(f"--depth {depth} does not fit {output}: {output.suffix} holds {' or '.join(formats)}")

@@ -266,7 +266,7 @@ REFUSALS = {
     "infinite": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", 0, 2, "inf"], r"inf does not exist"),
     "odd fraction": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0 1/80 1/20"], r"1/80 is neither .*-1/3 0 1/3"),
     "no time": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0s 1s 4s"], r"times must be above 0, .*, got '0s 1s 4s'"),
-    "exposure times": (lambda f, t: [*f, "--ev", 320, 80, 20, "-o", t / "r.exr"], r"are they exposure times"),
+    "exposure times": (lambda f, t: [*f, "--ev", 320, 80, 20, "-o", t / "r.exr"], r"as exposure times would"),
     "missing frame": (lambda f, t: [*f[:2], t / "gone.png", *OK, "-o", t / "r.exr"], r"gone\.png does not exist"),
     "no picture": (lambda f, t: [*f[:2], make(t / "x.png"), *OK, "-o", t / "r.exr"], r"x\.png cannot be read"),
     "foreign frame": (
