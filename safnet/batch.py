@@ -232,10 +232,11 @@ def fuse_job(job: Job) -> Outcome:
     there = [path for path in wanted if path.exists()]
     options = dict(job.options)
     if there and not options.get("overwrite"):
-        if there == wanted:
+        own = all(path.suffix == ".hdr" or is_result(path) for path in there)
+        if own and there == wanted:
             return Outcome(job, "done", _row(job, "done"))
-        # One of the two: a run was stopped between them. Files of others stay, which is an error.
-        options["overwrite"] = all(path.suffix == ".hdr" or is_result(path) for path in there)
+        # One of the two: a run was stopped between them. Files of others stay, frames too, which is an error.
+        options["overwrite"] = own
     started = time.perf_counter()
     if job.threads is not None:
         torch.set_num_threads(job.threads)

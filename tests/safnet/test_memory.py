@@ -79,6 +79,29 @@ def test_more_is_needed_of_larger_tiles_and_frames():
     assert needed_memory(4000, 6000, 3, 1, "full", 448, inspect=True) > need + 1e9
 
 
+def test_a_mask_counts():
+    need = needed_memory(4000, 6000, 3, 1, "small", 448)
+    assert needed_memory(4000, 6000, 3, 1, "small", 448, mask=(24_000_000, 4)) - need == 24e6
+    large = needed_memory(4000, 6000, 3, 1, "small", 448, mask=(200_000_000, 3))
+    assert large > 200e6 * 32 + 9 * 24e6, "reading a large mask needs more than fusing"
+
+
+def test_a_large_mask_is_refused_before_it_is_read(frames, tmp_path):
+    """What reading takes is counted: of 6.4 times the frames' width 250 times their bytes."""
+    side = (6 * HEIGHT, 6 * WIDTH)
+    cv2.imwrite(str(tmp_path / "mask.png"), np.zeros((*side, 3), np.uint8))
+    needed = needed_memory(HEIGHT, WIDTH, 3, 1, "small", TILE, mask=(side[0] * side[1], 3))
+    assert needed > needed_memory(HEIGHT, WIDTH, 3, 1, "small", TILE) + 3e8
+    arguments = "--mask", str(tmp_path / "mask.png"), "--memory"
+    code, error, small = fuse(frames, tmp_path / "r.exr", *arguments, str(needed - 1000))
+    assert code == 1
+    assert "is too little" in error
+    code, error, peak = fuse(frames, tmp_path / "r.exr", *arguments, str(needed))
+    assert code == 0, error
+    assert needed * 0.8 < peak < needed
+    assert small < peak / 2
+
+
 @pytest.mark.parametrize(("text", "size"), [("4GB", 4e9), ("1.5 GiB", 1.5 * GIB), ("800mb", 8e8), ("12345", 12345)])
 def test_sizes_are_understood(text, size):
     assert parse_size(text) == size
