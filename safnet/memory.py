@@ -15,6 +15,12 @@ MARGINS = 46  # pixels beside a tile that the full model sees
 PROCESS = 0.45 * GIB  # Python, PyTorch and the weights
 ALIGNMENT = 1.25 * GIB  # at the size where frames are aligned, whatever their own size
 RESULT_BYTES = 24  # a pixel: radiance, its copy in the numbers of the file, the preview
+RADIANCE_BYTES = 12
+WRITING_BYTES = {
+    ".avif": 48,
+    ".jpg": 18,
+    ".jpeg": 18,
+}  # a pixel beside the radiance, in formats that need more than RESULT_BYTES
 MASK_BYTES = 1  # a pixel of the result, while it is fused
 MASK_READING_BYTES = 20, 4  # a pixel of the mask while it is read, and more for each of its channels
 INSPECTION_BYTES = 84  # a pixel: explicit fusion, flows and masks, and their pictures
@@ -41,6 +47,7 @@ def needed_memory(
     tile: int,
     inspect: bool = False,
     mask: tuple[int, int] | None = None,
+    suffix: str = "",
 ) -> int:
     """About as many bytes as `fuse_files` has at its peak on a CPU.
 
@@ -52,6 +59,7 @@ def needed_memory(
         tile: side of the tiles in pixels, 0 for the whole frame.
         inspect: with the pictures of all steps.
         mask: pixels and channels of a mask's file, if there is one.
+        suffix: of the result's file.
     """
     pixels = height * width
     tile_pixels = pixels if tile == 0 else min(pixels, (tile + MARGINS) ** 2)
@@ -59,10 +67,11 @@ def needed_memory(
     results = RESULT_BYTES + (12 if frames != 3 else 0) + (INSPECTION_BYTES if inspect else 0)
     stored = 3 * frames * frame_bytes * pixels
     fusing = work + results * pixels
-    if mask is None:
-        return int(PROCESS + stored + fusing)
-    reading = mask[0] * (MASK_READING_BYTES[0] + MASK_READING_BYTES[1] * mask[1])
-    return int(PROCESS + stored + max(fusing, reading) + MASK_BYTES * pixels)
+    writing = (RADIANCE_BYTES + WRITING_BYTES.get(suffix, 0)) * pixels
+    painted, reading = 0, 0
+    if mask is not None:
+        painted, reading = MASK_BYTES * pixels, mask[0] * (MASK_READING_BYTES[0] + MASK_READING_BYTES[1] * mask[1])
+    return int(PROCESS + stored + painted + max(reading, fusing, writing))
 
 
 def gibibytes(count: float) -> str:

@@ -140,7 +140,10 @@ def fuse_files(
     height, width = pictures[1].shape[2:]
     bytes_a_number, inspected = pictures[1].dtype.itemsize, inspect is not None
     side = default_tile(next(network.parameters()).device) if tile is None else tile
-    need = needed_memory(height, width, len(pictures), bytes_a_number, network.variant, side, inspected, mask_size)
+    suffix = "" if output is None else output.suffix.lower()
+    need = needed_memory(
+        height, width, len(pictures), bytes_a_number, network.variant, side, inspected, mask_size, suffix
+    )
     if memory is not None and need > memory:
         raise MemoryError(
             f"--memory {gibibytes(memory)} is too little: {_say_need(height, width, need, side, inspected)}"

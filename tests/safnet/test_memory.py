@@ -4,13 +4,14 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from safnet.fuse import TILE
-from safnet.memory import GIB, needed_memory, parse_size
+from safnet.memory import GIB, RADIANCE_BYTES, RESULT_BYTES, WRITING_BYTES, needed_memory, parse_size
 from tests.support.scenes import handheld
 
 HEIGHT, WIDTH = 1200, 1600
@@ -84,6 +85,41 @@ def test_a_mask_counts():
     assert needed_memory(4000, 6000, 3, 1, "small", 448, mask=(24_000_000, 4)) - need == 24e6
     large = needed_memory(4000, 6000, 3, 1, "small", 448, mask=(200_000_000, 3))
     assert large > 200e6 * 32 + 9 * 24e6, "reading a large mask needs more than fusing"
+
+
+def test_writing_counts_where_it_takes_more_than_fusing():
+    need = [
+        needed_memory(10000, 10000, 3, 1, "small", 448, suffix=suffix) for suffix in (".exr", ".dng", ".jpg", ".avif")
+    ]
+    assert need[0] == need[1] == need[2]
+    assert need[3] - need[0] == pytest.approx(72e8 - 24e8 - 1.25 * GIB, abs=1)
+    assert needed_memory(1000, 1000, 3, 1, "small", 448, suffix=".avif") == needed_memory(
+        1000, 1000, 3, 1, "small", 448
+    )
+
+
+@pytest.mark.parametrize("name", ["r.avif", "r.dng"])
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_writers_need_no_more_than_is_said(tmp_path, name):
+    """Of what is held beside the radiance while it is written, in a process that has only that."""
+    code = """
+import resource, sys
+from pathlib import Path
+import imagecodecs, numpy as np, torch
+import safnet.dng, safnet.pipeline
+from safnet.avif import write_avif
+from safnet.images import write_radiance
+light = np.random.default_rng(0).random((2000, 3000, 3), np.float32)
+light **= 8
+path = Path(sys.argv[1])
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+write_avif(path, light, 1.0) if path.suffix == ".avif" else write_radiance(path, light)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 6e6)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < WRITING_BYTES.get(Path(name).suffix, RESULT_BYTES - RADIANCE_BYTES)
 
 
 def test_a_large_mask_is_refused_before_it_is_read(frames, tmp_path):
