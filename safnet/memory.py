@@ -16,11 +16,7 @@ PROCESS = 0.45 * GIB  # Python, PyTorch and the weights
 ALIGNMENT = 1.25 * GIB  # at the size where frames are aligned, whatever their own size
 RESULT_BYTES = 24  # a pixel: radiance, its copy in the numbers of the file, the preview
 RADIANCE_BYTES = 12
-WRITING_BYTES = {
-    ".avif": 48,
-    ".jpg": 18,
-    ".jpeg": 18,
-}  # a pixel beside the radiance, in formats that need more than RESULT_BYTES
+WRITING_BYTES = {".avif": 60, ".jpg": 18, ".jpeg": 18}  # a pixel beside the radiance, in formats that take much
 MASK_BYTES = 1  # a pixel of the result, while it is fused
 MASK_READING_BYTES = 20, 4  # a pixel of the mask while it is read, and more for each of its channels
 INSPECTION_BYTES = 84  # a pixel: explicit fusion, flows and masks, and their pictures
