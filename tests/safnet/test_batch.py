@@ -152,11 +152,21 @@ def test_a_stopped_run_goes_on(card, tmp_path, weights):
     assert (out / "IMG_0008.jpg").is_file()
 
 
-def test_results_in_the_folder_are_no_frames(card, weights):
-    run(card, "-o", card / "out", "--format", "jpg", "--yes", "--model", weights)
-    run(card, "-o", card, "--format", "tif", "--preview", "png", "--yes", "--model", weights)
-    outcome = run(card, "-o", card, "--format", "tif", "--preview", "png", "--yes", "--model", weights)
+@pytest.mark.parametrize("form", ["tif", "dng", "avif"])
+def test_results_in_the_folder_are_no_frames(card, weights, form):
+    arguments = card, "-o", card, "--format", form, "--preview", "png", "--yes", "--model", weights
+    assert "4 fused, 0 done before, 0 failed" in run(*arguments).stdout
+    outcome = run(*arguments)
     assert "0 fused, 4 done before, 0 failed" in outcome.stdout
+    assert f"IMG_0001.{form}: IMG_0002.jpg IMG_0001.jpg IMG_0003.jpg" in outcome.stdout
+
+
+def test_a_frame_of_a_results_name_is_no_result(card, weights):
+    before = {path: path.read_bytes() for path in card.iterdir()}
+    outcome = run(card, "-o", card, "--format", "jpg", "--preview", "none", "--yes", "--model", weights)
+    assert "0 fused, 0 done before, 4 failed" in outcome.stdout
+    assert "IMG_0001.jpg exists already" in outcome.stderr
+    assert {path: path.read_bytes() for path in card.iterdir() if path.name != TABLE} == before
 
 
 def test_one_bad_bracket_stops_no_other(card, tmp_path, weights):
