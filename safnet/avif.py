@@ -6,6 +6,7 @@ into the file here, by ISO/IEC 14496-12 and 23008-12.
 """
 
 import struct
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def _codecs(wanted: str) -> Any:
         import imagecodecs
     except ImportError as error:
         raise ImageError(f"{wanted}: AVIF files need imagecodecs: pip install 'safnet-ops[avif]'") from error
+    if "primaries" not in signature(imagecodecs.avif_encode).parameters:
+        raise ImageError(
+            f"{wanted}: AVIF files need imagecodecs 2025.11.11 or newer, for Python 3.11 or newer, got "
+            f"{imagecodecs.__version__}: pip install 'safnet-ops[avif]'"
+        )
     return imagecodecs
 
 

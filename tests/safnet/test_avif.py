@@ -2,6 +2,7 @@
 
 import struct
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -181,6 +182,13 @@ def test_without_the_library_the_extra_is_named_before_anything_is_read(tmp_path
         assert outcome.exit_code == 2
         assert "avif: AVIF files need imagecodecs: pip install 'safnet-ops[avif]'\n" in outcome.stderr
         assert len(outcome.stderr.splitlines()) == 1
+
+
+def test_too_old_a_library_is_named(tmp_path, monkeypatch):
+    old = SimpleNamespace(__version__="2025.3.30", avif_encode=lambda data, level=None, bitspersample=None: b"")
+    monkeypatch.setitem(sys.modules, "imagecodecs", old)
+    with pytest.raises(ImageError, match=r"need imagecodecs 2025\.11\.11 or newer, .*, got 2025\.3\.30: pip install"):
+        write_avif(tmp_path / "a.avif", smooth_light(), EXPOSURE)
 
 
 def test_failures_are_one_line(tmp_path):
