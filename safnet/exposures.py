@@ -376,6 +376,21 @@ def _example(frames: Sequence[Header], output: Path) -> str:
     return f"{source}for example: safnet fuse {names}{evs} -o {_as_argument(output)}{replacing}"
 
 
+def advised_batch(files: Sequence[Path], folder: Path, output: Path) -> str:
+    """A command line, with what to know of it, for pictures by name in which exposures tell no brackets; empty if none would
+    fuse any of them."""
+    frames = _readable(sorted(files))
+    if len(files) % FRAMES or len(_alike_frames(frames)) < len(files):
+        return _example(frames, OUTPUT)
+    lead, evs = f"if each {FRAMES} of its pictures by name are one, ", ""
+    if not all(_has_evs(frames[start : start + FRAMES]) for start in range(0, len(frames), FRAMES)):
+        ordered = sorted(frames[:FRAMES], key=_brightness)
+        numbers = [str(2 * (ordered.index(frame) - FRAMES // 2)) for frame in frames[:FRAMES]]
+        lead, evs = f"{lead}with EVs guessed by brightness, ", f" --ev {' '.join(numbers)}"
+    names = f"{_as_argument(folder)} -o {_as_argument(output)}"
+    return f"{lead}for example: safnet batch {names} --every {FRAMES}{evs}"
+
+
 def _as_argument(path: Path) -> str:
     """A path as a shell takes it, and no command for an option."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))

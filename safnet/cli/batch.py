@@ -60,7 +60,7 @@ def batch(
         from safnet.avif import check_avif
         from safnet.batch import TABLE, Job, find_series, fuse_jobs
         from safnet.colour import parse_curve
-        from safnet.exposures import FRAMES, parse_evs
+        from safnet.exposures import FRAMES, advised_batch, parse_evs
         from safnet.pipeline import check_look
         from safnet.weights import load_model
 
@@ -82,7 +82,8 @@ def batch(
             names = " ".join(frame.name for frame in one.chosen or one.frames)
             typer.echo(f"{one.name}.{form}: {names}" if one.chosen else f"left out: {names} ({one.reason})")
         if not brackets:
-            raise ValueError(f"no brackets in {folder}; give --every 3 if its pictures are some, by name")
+            advice = advised_batch([frame for one in series for frame in one.frames], folder, output)
+            raise ValueError(f"no brackets in {folder}{'; ' if advice else ''}{advice}")
         if cluster is None:
             load_model(model, device)  # whose errors are those of all brackets
         if not yes:

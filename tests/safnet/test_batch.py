@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import sys
 import threading
 import time
@@ -208,6 +209,50 @@ def test_bad_input_is_refused_in_one_line(card, tmp_path, arguments, message, mo
     assert outcome.exit_code == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", outcome.stderr), outcome.stderr
     assert not (tmp_path / "out").exists()
+
+
+def without_exposures(folder):
+    for number, level in enumerate((90, 20, 200) * 2):
+        save_tagged(folder / f"{number}.png", np.full((HEIGHT, WIDTH, 3), level, np.uint8), "uint8")
+
+
+def of_small_steps(folder):
+    for number, time_ in enumerate((1 / 100, 1 / 125, 1 / 80)):
+        shoot(folder, number, number, time_)
+
+
+def of_another_count(folder):
+    without_exposures(folder)
+    (folder / "5.png").unlink()
+
+
+# Each case: a folder without brackets, the options that its message ends with, and how many these fuse.
+ADVICE = {
+    "no exposures": (without_exposures, "batch {card} -o {out} --every 3 --ev 0 -2 2", 2),
+    "small steps": (of_small_steps, "batch {card} -o {out} --every 3", 1),
+    "another count": (
+        of_another_count,
+        "fuse {card}/1.png {card}/4.png {card}/0.png {card}/3.png {card}/2.png --ev ",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_what_is_advised_is_taken(tmp_path, case, monkeypatch):
+    make, advised, count = ADVICE[case]
+    monkeypatch.chdir(tmp_path)
+    card, out = tmp_path / "a card", tmp_path / "out"
+    card.mkdir()
+    make(card)
+    outcome = run("a card", "-o", "out")
+    assert outcome.exit_code == 2, outcome.output
+    line = outcome.stderr.rstrip("\n").partition("for example: ")[2]
+    words = shlex.split(line)
+    assert " ".join(words).startswith(f"safnet {advised.format(card=card, out=out)}")
+    done = CliRunner().invoke(app, words[1:], input="y\n")
+    assert done.exit_code == 0, done.output
+    assert count is None or f"{count} fused, 0 done before, 0 failed" in done.stdout
 
 
 def test_a_mask_serves_all_brackets(tmp_path, weights):
