@@ -20,7 +20,8 @@ from safnet.files import written_whole
 from safnet.images import FloatPicture, ImageError, Metadata
 
 LINEAR_RAW, D65 = 34892, 21
-VERSION = bytes([1, 4, 0, 0])  # the first with floating-point numbers
+VERSION = bytes([1, 4, 0, 0])
+READERS = {"uint16": bytes([1, 1, 0, 0]), "half": VERSION}  # the oldest that can read it: 1.4 is the first with floats
 HEADER = b"II*\0\x08\0\0\0"
 ROWS = 256  # that are written at a time
 MODEL = "safnet"  # no converter has a profile of it that would replace the matrix
@@ -74,7 +75,7 @@ def _directory(
         (284, TiffTags.SHORT, 1),  # PlanarConfiguration: colours side by side
         (339, TiffTags.SHORT, (1 if integers else 3,) * 3),  # SampleFormat
         (50706, TiffTags.BYTE, VERSION),  # DNGVersion
-        (50707, TiffTags.BYTE, VERSION),  # DNGBackwardVersion
+        (50707, TiffTags.BYTE, READERS[depth]),  # DNGBackwardVersion
         (50708, TiffTags.ASCII, f"{MODEL} {space.name}"),  # UniqueCameraModel
         (50713, TiffTags.SHORT, (1, 1)),  # BlackLevelRepeatDim
         (50714, TiffTags.LONG, (0, 0, 0)),  # BlackLevel

@@ -166,6 +166,7 @@ def test_a_fusion_is_written_with_its_reference_as_white(tmp_path, frames):
         result = safnet.fuse_files(frames, tmp_path / "r.avif", evs=(0, 7, 13), model=plain_model(), measure=False)
     light = result.radiance[0].permute(1, 2, 0).numpy() @ conversion(REC709, REC2020).T * 2**7 * DIFFUSE_WHITE
     found = read(tmp_path / "r.avif")
+    assert (DIFFUSE_WHITE, BRIGHTEST) == (203, 10000), "of ITU-R BT.2408 and of PQ"
     held = (light < BRIGHTEST) & (light > 1)
     assert held.any()
     assert np.abs(found / light - 1)[held].max() < 0.04
