@@ -26,12 +26,12 @@ from safnet.exposures import (
     ExposureError,
     exif_evs,
     exposure_file,
+    folder_frames,
     format_evs,
     read_exposure_file,
-    without_twins,
 )
 from safnet.files import write_text
-from safnet.images import Header, ImageError, find_frames, is_result, read_header
+from safnet.images import Header, ImageError, is_result, read_header
 from safnet.makers import Bracketing, read_bracketing
 from safnet.model import SAFNet
 from safnet.pipeline import FusionWarning, fuse_files
@@ -110,7 +110,7 @@ def find_series(folder: Path, every: int | None = None, besides: Sequence[Path] 
     Raises:
         ExposureError: the folder has no frames, or `every` does not divide their number.
     """
-    files = without_twins(find_frames(folder, besides))
+    files = folder_frames(folder, besides)
     if not files:
         raise ExposureError(f"folder {folder} holds no frames")
     if every is not None:
@@ -232,10 +232,11 @@ def fuse_job(job: Job) -> Outcome:
     there = [path for path in wanted if path.exists()]
     options = dict(job.options)
     if there and not options.get("overwrite"):
-        if there == wanted:
+        own = all(path.suffix == ".hdr" or is_result(path) for path in there)
+        if own and there == wanted:
             return Outcome(job, "done", _row(job, "done"))
-        # One of the two: a run was stopped between them. Files of others stay, which is an error.
-        options["overwrite"] = all(path.suffix == ".hdr" or is_result(path) for path in there)
+        # One of the two: a run was stopped between them. Files of others stay, frames too, which is an error.
+        options["overwrite"] = own
     started = time.perf_counter()
     if job.threads is not None:
         torch.set_num_threads(job.threads)

@@ -6,6 +6,8 @@ one EV more. Only differences matter. (Light meters count the other way: their E
 
 import math
 import re
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +15,25 @@ from typing import NamedTuple
 
 from safnet.choices import FEWEST_FRAMES, MOST_FRAMES
 from safnet.colour import Curve, Space, conversion
-from safnet.images import FOREIGN_EXTENSIONS, RAW_EXTENSIONS, Header, ImageError, find_frames, read_header
+from safnet.images import (
+    FOREIGN_EXTENSIONS,
+    RAW_EXTENSIONS,
+    RESULT_EXTENSIONS,
+    Header,
+    ImageError,
+    find_frames,
+    read_frame,
+    read_header,
+)
+from safnet.radiance import ldr_values
 
 FRAMES = 3  # that the network takes at once
 EXPOSURE_FILE = "exposure.txt"
 SMALLEST_STEP = 0.05  # EV; frames closer than this count as equally exposed
 LARGEST_SPAN = 30.0  # EV; more than any bracket, so a sign of exposure times in place of EVs
-HINT = "give them with --ev, for example --ev -2 0 2"
+TRUTH_NAMES = ("HDRImg", "hdr_img", "truth", "gt", "ground_truth")  # of scenes to evaluate with, without extension
+OUTPUT = Path("fused.exr")  # of an advised command, where none was asked for
+SAMPLE_STEP = 8  # pixels between those by which brightness is compared
 NUMBER = re.compile(r"[+-]?(\d+([.,]\d+)?|\.\d+)")
 FRACTION = re.compile(r"([+-]?)(\d+)/0*([1-9]\d*)")
 EV_PARTS = (1, 2, 3, 4, 6)  # of a stop, in which EVs are written as fractions
@@ -79,20 +93,26 @@ def open_bracket(
             reference that is none of them.
     """
     masks = [] if mask is None else [mask]
+    output = next((path for path in besides[:1] if path.suffix.lower() in RESULT_EXTENSIONS), OUTPUT)
     if len(paths) == 1 and paths[0].is_dir():
         for path in besides:
             if path.resolve() in [frame.resolve() for frame in find_frames(paths[0])]:
                 raise ImageError(
                     f"{path} is a picture of the folder whose frames are to be fused; write to another name"
                 )
-        files = without_twins(find_frames(paths[0], masks))
-        _check_count(files, f"folder {paths[0]} must hold {FEWEST_FRAMES} to {MOST_FRAMES} frames", paths[0])
+        files = folder_frames(paths[0], masks, None if given is None else len(given))
+        _check_count(files, f"folder {paths[0]} must hold {FEWEST_FRAMES} to {MOST_FRAMES} frames", output, paths[0])
     else:
         files = list(paths)
-        _check_count(files, f"frames must be {FEWEST_FRAMES} to {MOST_FRAMES} files or one folder")
+        _check_count(files, f"frames must be {FEWEST_FRAMES} to {MOST_FRAMES} files or one folder", output)
     frames = [read_header(file, curve) for file in files]
-    _check_alike(frames)
-    pairs = sorted(zip(find_evs(frames, given, [*besides, *masks]), frames, strict=True), key=lambda pair: pair[0])
+    try:
+        _check_alike(frames)
+        evs = find_evs(frames, given, [*besides, *masks])
+    except ExposureError as error:
+        advice = _advice(frames, output) if given is None or any(is_truth(file) for file in files) else ""
+        raise ExposureError(f"{error}{'; ' if advice else ''}{advice}") from error
+    pairs = sorted(zip(evs, frames, strict=True), key=lambda pair: pair[0])
     return Bracket(
         tuple(frame for _, frame in pairs), tuple(ev for ev, _ in pairs), _number_of(reference, [f for _, f in pairs])
     )
@@ -143,17 +163,24 @@ def read_exposure_file(file: Path, frames: Sequence[Header], besides: Sequence[P
 
     As many values as frames belong to these; as many as the folder has pictures belong to all of the folder.
     """
+    values = _values(file)
+    for paths in (
+        [frame.path for frame in frames],
+        folder_frames(file.parent, besides),
+        find_frames(file.parent, besides),
+    ):
+        if len(values) == len(paths):
+            by_name = dict(zip(sorted(path.name for path in paths), values, strict=True))
+            if all(frame.path.name in by_name for frame in frames):
+                return [by_name[frame.path.name] for frame in frames]
+    raise ExposureError(f"{file} must hold {len(frames)} EVs, one a frame, got {len(values)}")
+
+
+def _values(file: Path) -> list[float]:
     try:
-        values = [float(word) for word in re.split(r"[\s,;]+", file.read_text("utf-8-sig")) if word]
+        return [float(word) for word in re.split(r"[\s,;]+", file.read_text("utf-8-sig")) if word]
     except (ValueError, OSError) as error:
-        raise ExposureError(f"{file} must hold one EV a line: {error}; {HINT}") from error
-    names = sorted(frame.path.name for frame in frames)
-    if len(values) != len(names):
-        names = [path.name for path in find_frames(file.parent, besides)]
-    if len(values) != len(names):
-        raise ExposureError(f"{file} must hold {len(frames)} EVs, one a frame, got {len(values)}; {HINT}")
-    by_name = dict(zip(names, values, strict=True))
-    return [by_name[frame.path.name] for frame in frames]
+        raise ExposureError(f"{file} must hold one EV a line: {error}") from error
 
 
 def exif_evs(frames: Sequence[Header]) -> list[float]:
@@ -162,7 +189,7 @@ def exif_evs(frames: Sequence[Header]) -> list[float]:
         lacking = [str(frame.path) for frame in frames if getattr(frame, name) is None]
         if lacking and (name == "exposure_time" or len(lacking) < len(frames)):
             kind = {"exposure_time": "exposure time", "iso": "ISO", "f_number": "aperture"}[name]
-            raise ExposureError(f"no {kind} in the EXIF data of {', '.join(lacking)}; {_offer(frames)}")
+            raise ExposureError(f"no {kind} in the EXIF data of {', '.join(lacking)}")
     return [
         math.log2((frame.exposure_time or 1) * (frame.iso or 100) / 100 / (frame.f_number or 1) ** 2)
         for frame in frames
@@ -228,13 +255,32 @@ def _value(word: str) -> float:
     return float(word.replace(",", "."))
 
 
-def _offer(frames: Sequence[Header]) -> str:
-    """What to do without exposures: the frames' biases, if they differ, which are likely what was bracketed by."""
-    biases = [frame.bias for frame in frames if frame.bias is not None]
-    if len(biases) == len(frames) and len(set(biases)) == len(frames):
-        stops = " ".join(f"{bias:+.3g}" if bias else "0" for bias in biases)
-        return f"their exposure biases are {stops}: if these are the bracket, give --ev {stops}"
-    return f"{HINT}, in the order of the frames"
+# ---- the frames of a folder ------------------------------------------------------------------------------------------
+
+
+def folder_frames(folder: Path, besides: Sequence[Path] = (), count: int | None = None) -> list[Path]:
+    """The frames of a folder by file name: see `find_frames`, and without the JPEGs that cameras write beside raw files.
+
+    The truth of a scene to evaluate with is left out where the exposures are as many as the other pictures, which nothing but
+    its name would not do to a photograph.
+
+    Args:
+        besides: pictures that are no frames.
+        count: of exposures that were given; None for those of exposure.txt.
+    """
+    files = without_twins(find_frames(folder, besides))
+    others = [file for file in files if not is_truth(file)]
+    if count is None and (table := folder / EXPOSURE_FILE).is_file():
+        try:
+            count = len(_values(table))
+        except ExposureError:  # which whoever needs it will say
+            return files
+    return others if len(others) == count else files
+
+
+def is_truth(path: Path) -> bool:
+    """Whether a picture is named as the truth of a scene to evaluate with, not as a photograph."""
+    return path.stem.lower() in [name.lower() for name in TRUTH_NAMES]
 
 
 def without_twins(files: Sequence[Path]) -> list[Path]:
@@ -246,40 +292,19 @@ def without_twins(files: Sequence[Path]) -> list[Path]:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def _check_count(files: Sequence[Path], demand: str, folder: Path | None = None) -> None:
+def _check_count(files: Sequence[Path], demand: str, output: Path, folder: Path | None = None) -> None:
     if FEWEST_FRAMES <= len(files) <= MOST_FRAMES:
         return
     names = f" ({', '.join(file.name for file in files)})" if files else ""
     advice = ""
     if len(files) > MOST_FRAMES:
-        advice = f"; choose some, for example: {' '.join(map(str, choose_three(files)))}"
+        example = _example(_readable(files), output)
+        advice = f"; choose some{', ' if example else ''}{example}"
     elif folder is not None:
         foreign = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FOREIGN_EXTENSIONS)
         if foreign:
             advice = f"; {', '.join(foreign)} cannot be read: convert to TIFF or PNG"
     raise ExposureError(f"{demand}, got {len(files)}{names}{advice}")
-
-
-def choose_three(files: Sequence[Path]) -> list[Path]:
-    """Three of more frames that make a bracket: the darkest, middle and brightest of the first series, by EXIF or exposure.txt,
-    in which no exposure comes twice; where exposures are missing, the first, middle and last by name."""
-    ends = [files[0], files[len(files) // 2], files[-1]]
-    try:
-        frames = [read_header(file) for file in files]
-        file = exposure_file(frames)
-        evs = exif_evs(frames) if file is None else read_exposure_file(file, frames)
-    except (ExposureError, ImageError):
-        return ends
-    series: list[list[tuple[float, Path]]] = [[]]
-    for ev, frame in zip(evs, frames, strict=True):
-        if any(abs(ev - other) < SMALLEST_STEP for other, _ in series[-1]):
-            series.append([])
-        series[-1].append((ev, frame.path))
-    for found in series:
-        if len(found) >= FRAMES:
-            found.sort()
-            return [found[0][1], found[len(found) // 2][1], found[-1][1]]
-    return ends
 
 
 def _check_alike(frames: Sequence[Header]) -> None:
@@ -305,14 +330,146 @@ def _check_evs(evs: list[float], frames: Sequence[Header], source: str) -> None:
         raise ExposureError(f"EVs from {source} must be finite numbers, got {pairs}")
     ordered = sorted(evs)
     if any(high - low < SMALLEST_STEP for low, high in pairwise(ordered)):
-        way = f"{HINT}, in the order of the frames"
-        if len(frames) > FRAMES:
-            way = f"fuse one bracket, for example: {' '.join(map(str, choose_three([frame.path for frame in frames])))}"
-        raise ExposureError(f"EVs from {source} must differ, got {pairs}; {way}")
+        raise ExposureError(f"EVs from {source} must differ, got {pairs}")
     if ordered[-1] - ordered[0] > LARGEST_SPAN:
         raise ExposureError(
-            f"EVs from {source} span more than {LARGEST_SPAN:g} stops ({pairs}): are they exposure times?"
+            f"EVs from {source} span more than {LARGEST_SPAN:g} stops, as exposure times would ({pairs})"
         )
+
+
+# ---- advice ----------------------------------------------------------------------------------------------------------
+
+
+def _advice(frames: Sequence[Header], output: Path) -> str:
+    """What to do with frames that make no bracket: a command that will fuse some of them; empty if none will."""
+    truths = ", ".join(frame.path.name for frame in frames if is_truth(frame.path))
+    said = f"{truths} is named as the truth of a scene to evaluate with, not as a frame: leave it out" if truths else ""
+    return ", ".join(part for part in (said, _example(frames, output)) if part)
+
+
+def _example(frames: Sequence[Header], output: Path) -> str:
+    """A command line that fuses some of these pictures and is not refused, with what to know of it; empty if there is none.
+
+    Where exposure.txt or EXIF tells, these are the darkest, middle and brightest of the first series in which no exposure comes
+    twice. Else all, or of more than can be fused the first three by name, with --ev: their exposure biases if they differ,
+    else steps from the darkest picture to the brightest.
+    """
+    alike = _alike_frames(frames)
+    chosen, evs, source = _first_series(alike), "", ""
+    if not chosen:
+        chosen = alike if len(alike) <= MOST_FRAMES else alike[:FRAMES]
+        if len(chosen) < FEWEST_FRAMES:
+            return ""
+        if biases := _biases(chosen):
+            numbers, source = (
+                [f"{bias:+.3g}" if bias else "0" for bias in biases],
+                "with their exposure biases for EVs, ",
+            )
+        else:
+            chosen = sorted(chosen, key=_brightness)
+            step, middle = 2 if len(chosen) <= FRAMES else 1, (len(chosen) - 1) // 2
+            numbers = [str(step * (number - middle)) for number in range(len(chosen))]
+            source = "with EVs guessed by brightness, "
+        evs = f" --ev {' '.join(numbers)}"
+    names = " ".join(_as_argument(frame.path) for frame in chosen)
+    replacing = " --overwrite" if output.exists() else ""
+    return f"{source}for example: safnet fuse {names}{evs} -o {_as_argument(output)}{replacing}"
+
+
+def advised_batch(files: Sequence[Path], folder: Path, output: Path) -> str:
+    """A command line, with what to know of it, for pictures by name in which exposures tell no brackets; empty if none would
+    fuse any of them."""
+    frames = _readable(sorted(files))
+    if len(files) % FRAMES or len(_alike_frames(frames)) < len(files):
+        return _example(frames, OUTPUT)
+    lead, evs = f"if each {FRAMES} of its pictures by name are one, ", ""
+    if not all(_has_evs(frames[start : start + FRAMES]) for start in range(0, len(frames), FRAMES)):
+        ordered = sorted(frames[:FRAMES], key=_brightness)
+        numbers = [str(2 * (ordered.index(frame) - FRAMES // 2)) for frame in frames[:FRAMES]]
+        lead, evs = f"{lead}with EVs guessed by brightness, ", f" --ev {' '.join(numbers)}"
+    names = f"{_as_argument(folder)} -o {_as_argument(output)}"
+    return f"{lead}for example: safnet batch {names} --every {FRAMES}{evs}"
+
+
+def _as_argument(path: Path) -> str:
+    """A path as a shell takes it, and no command for an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+def _readable(files: Sequence[Path]) -> list[Header]:
+    found = []
+    for file in files:
+        try:
+            found.append(read_header(file))
+        except ImageError:
+            continue
+    return found
+
+
+def _alike_frames(frames: Sequence[Header]) -> list[Header]:
+    """Those of the commonest size and colour space, each once, without truths."""
+    unique = {frame.path.resolve(): frame for frame in frames if not is_truth(frame.path)}
+    kinds = Counter((frame.width, frame.height, frame.colour.space) for frame in unique.values())
+    if not kinds:
+        return []
+    common = kinds.most_common(1)[0][0]
+    return [frame for frame in unique.values() if (frame.width, frame.height, frame.colour.space) == common]
+
+
+def _first_series(frames: Sequence[Header]) -> list[Header]:
+    """The darkest, middle and brightest of the first series of pictures, by EXIF or exposure.txt, in which no exposure comes
+    twice; two if no series has more, and none where exposures tell none."""
+    if not frames:
+        return []
+    file = exposure_file(frames)
+    if file is None:
+        frames = [frame for frame in frames if frame.exposure_time is not None]
+    try:
+        evs = exif_evs(frames) if file is None else read_exposure_file(file, frames)
+    except ExposureError:
+        return []
+    series: list[list[tuple[float, Header]]] = [[]]
+    for ev, frame in zip(evs, frames, strict=True):
+        if any(abs(ev - other) < SMALLEST_STEP for other, _ in series[-1]):
+            series.append([])
+        series[-1].append((ev, frame))
+    for fewest in (FRAMES, FEWEST_FRAMES):
+        for found in series:
+            found.sort(key=lambda pair: pair[0])
+            numbers = (0, -1) if len(found) == FEWEST_FRAMES else (0, len(found) // 2, -1)
+            chosen = [found[number][1] for number in numbers] if len(found) >= fewest else []
+            if chosen and _has_evs(chosen):
+                return chosen
+    return []
+
+
+def _has_evs(frames: Sequence[Header]) -> bool:
+    """Whether these frames alone would be taken without --ev: exposure.txt may count others then."""
+    try:
+        find_evs(frames)
+    except ExposureError:
+        return False
+    return True
+
+
+def _biases(frames: Sequence[Header]) -> list[float]:
+    """The frames' exposure biases, which are likely what was bracketed by, if they make a bracket; else none."""
+    biases = [frame.bias for frame in frames if frame.bias is not None]
+    if len(biases) != len(frames):
+        return []
+    try:
+        _check_evs(biases, frames, "EXIF")
+    except ExposureError:
+        return []
+    return biases
+
+
+def _brightness(frame: Header) -> float:
+    try:
+        picture = read_frame(frame)[:, :, ::SAMPLE_STEP, ::SAMPLE_STEP]
+    except ImageError:  # which will be said when it is fused
+        return 0.0
+    return float(ldr_values(picture).mean())
 
 
 def format_evs(evs: Sequence[float]) -> str:

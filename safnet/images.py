@@ -1,6 +1,7 @@
 """Pictures in and out, through OpenImageIO: frames by what they say of their colours, results by their file names.
 
-Camera raw files are read by `safnet.raw`, HEIC and AVIF by `safnet.heif`, where these libraries are installed.
+Camera raw files are read by `safnet.raw`, HEIC and AVIF by `safnet.heif`, where these libraries are installed; DNG, AVIF and
+Ultra HDR are written by `safnet.dng`, `safnet.avif` and `safnet.ultrahdr`.
 """
 
 import os
@@ -74,18 +75,27 @@ FOREIGN_EXTENSIONS = (
 )
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jfif")
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg")
+ULTRA_HDR_EXTENSIONS = (".jpg", ".jpeg")
+AVIF_EXTENSIONS = (".avif",)
+# What results for screens hold, and nothing else.
+SCREEN_DEPTHS = {
+    **dict.fromkeys(ULTRA_HDR_EXTENSIONS, "8 bits and a gain map"),
+    **dict.fromkeys(AVIF_EXTENSIONS, "10 bits of PQ"),
+}
 # What each radiance format can hold; the first is the default.
-ULTRA_HDR_EXTENSIONS = (".jpg", ".jpeg")  # results of 8 bits and a gain map
 DEPTHS: dict[str, tuple[Depth, ...]] = {
     ".exr": ("half", "float"),
     ".hdr": ("float",),  # stored as RGBE, the only form that .hdr has
     ".tif": ("float", "uint16"),
     ".tiff": ("float", "uint16"),
+    ".dng": ("uint16", "half"),
 }
+RESULT_EXTENSIONS = (*DEPTHS, *SCREEN_DEPTHS)
 # 16-bit values are divided by 2^16, not by 65535, as the published SAFNet does; 32-bit ones follow suit.
 INTEGER_SCALES = {"uint8": 255.0, "uint16": 2.0**16, "uint32": 2.0**32}
 FLOAT_TYPES = ("half", "float", "double")
 RESULT = "safnet fuse"  # the "Software" of what it wrote
+SOFTWARE = 0x0131  # EXIF's number of that
 # Primaries and transfer characteristics by their numbers in ITU-T H.273, as PNG, HEIF and AVIF name them.
 CICP_SPACES = {1: REC709, 2: REC709, 9: REC2020, 12: P3}
 CICP_CURVES = {**dict.fromkeys((1, 6, 14, 15), BT709), 4: gamma_curve(2.2), 5: gamma_curve(2.8), 8: LINEAR, 13: SRGB}
@@ -150,8 +160,14 @@ def find_frames(folder: Path, besides: Iterable[Path] = ()) -> list[Path]:
 
 def is_result(path: Path) -> bool:
     """Whether `safnet fuse` wrote a file, be it result, preview or inspection."""
-    if path.suffix.lower() not in (*DEPTHS, *PICTURE_EXTENSIONS) or not path.is_file():
+    if path.suffix.lower() not in (*RESULT_EXTENSIONS, *PICTURE_EXTENSIONS) or not path.is_file():
         return False
+    if path.suffix.lower() in AVIF_EXTENSIONS:
+        try:
+            with open_by_pillow(path) as picture:
+                return picture.getexif().get(SOFTWARE) == RESULT
+        except (OSError, ValueError, SyntaxError):
+            return False
     with _silent_codecs():
         source = oiio.ImageInput.open(str(path))
     if source is None:
@@ -298,36 +314,54 @@ def _read_pixels(path: Path, colour: Colour) -> FramePicture:
     return np.require(upright, requirements=["C", "W"])
 
 
+def mask_numbers(path: Path, width: int, height: int) -> tuple[int, int]:
+    """Pixels and channels of a mask, without reading it.
+
+    Raises:
+        ImageError: it cannot be opened, or has other proportions.
+    """
+    with _open_mask(path) as source:
+        spec = source.spec()
+        _colour_channels(path, spec)
+        rows, columns, _ = _upright_shape(spec)
+        if abs(columns - rows * width / height) > 1 or abs(rows - columns * height / width) > 1:
+            raise ImageError(
+                f"--mask {path} must be {width} x {height} pixels like the frames, or have their proportions, got {columns} "
+                f"x {rows}"
+            )
+        return rows * columns, spec.nchannels
+
+
 def read_mask(path: Path, width: int, height: int) -> Tensor:
     """A painted picture as (1, 1, height, width) uint8, upright: its grey values as they stand, black where it is transparent.
 
     Raises:
-        ImageError: it cannot be read, or has other proportions.
+        ImageError: it cannot be read.
     """
+    with _open_mask(path) as source:
+        spec = source.spec()
+        pixels: Any = source.read_image(0, 0, 0, spec.nchannels, "float")  # multiplied by alpha
+        if pixels is None or source.has_error:
+            raise ImageError(f"--mask {path} cannot be read, it may be truncated: {_first_line(source.geterror())}")
+    grey = _upright(pixels[:, :, _colour_channels(path, spec)].mean(2), _orientation(spec))
+    way = cv2.INTER_AREA if grey.shape[1] > width else cv2.INTER_LINEAR
+    share = cv2.resize(np.nan_to_num(grey, nan=0.0).clip(0, 1), (width, height), interpolation=way)
+    codes = np.round(share * 255).astype(np.uint8)
+    return torch.from_numpy(codes)[None, None]
+
+
+@contextmanager
+def _open_mask(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ImageError(f"--mask {path} is no file")
     with _silent_codecs():
         source = oiio.ImageInput.open(str(path))
         if source is None:
             raise ImageError(f"--mask {path} cannot be read: {_first_line(oiio.geterror())}")
-        spec = source.spec()
-        pixels: Any = source.read_image(0, 0, 0, spec.nchannels, "float")  # multiplied by alpha
-        failure = _first_line(source.geterror()) if pixels is None or source.has_error else None
-        source.close()
-    if failure is not None:
-        raise ImageError(f"--mask {path} cannot be read, it may be truncated: {failure}")
-    channels = _colour_channels(path, spec)
-    grey = _upright(pixels[:, :, channels].mean(2), _orientation(spec))
-    rows, columns = grey.shape
-    if abs(columns - rows * width / height) > 1 or abs(rows - columns * height / width) > 1:
-        raise ImageError(
-            f"--mask {path} must be {width} x {height} pixels like the frames, or have their proportions, got {columns} x "
-            f"{rows}"
-        )
-    way = cv2.INTER_AREA if columns > width else cv2.INTER_LINEAR
-    share = cv2.resize(np.nan_to_num(grey, nan=0.0).clip(0, 1), (width, height), interpolation=way)
-    codes = np.round(share * 255).astype(np.uint8)
-    return torch.from_numpy(codes)[None, None]
+        try:
+            yield source
+        finally:
+            source.close()
 
 
 def _has_gain_map(path: Path, spec: Any) -> bool:
@@ -382,17 +416,23 @@ def write_radiance(
     depth: Depth | None = None,
     space: Space = REC709,
     metadata: Metadata | None = None,
+    exposure: float = 1.0,
 ) -> None:
     """Write linear RGB (H, W, 3) by the file name's extension, whole or not at all.
 
     Args:
         radiance: linear, stored as it is in every format.
-        depth: number format (see DEPTHS), the format's first when None. 16-bit TIFF holds 65535 times the value.
+        depth: number format (see DEPTHS), the format's first when None. 16-bit TIFF and DNG hold 65535 times the value.
         space: primaries of the values, which the file states; .hdr holds Rec.709 alone.
         metadata: of the reference frame; None if this is no result of a fusion.
+        exposure: by which radiance is multiplied to be 1 where the reference exposure clips, which .dng states.
     """
     kind = path.suffix.lower()
     depth = depth or DEPTHS[kind][0]
+    if kind == ".dng":
+        from safnet.dng import write_dng
+
+        return write_dng(path, radiance, depth, space, exposure, metadata)
     pixels: npt.NDArray[Any] = radiance
     if depth == "uint16":
         pixels = np.round(radiance.clip(0, 1) * 65535).astype(np.uint16)
@@ -409,13 +449,14 @@ def write_radiance(
     _write(path, pixels, depth, attributes, metadata)
 
 
-def write_picture(path: Path, picture: BytePicture, metadata: Metadata | None = None) -> None:
-    """Write an 8-bit sRGB picture (H, W, 3) as PNG or JPEG, with a profile that says so, whole or not at all."""
+def write_picture(path: Path, picture: BytePicture, metadata: Metadata | None = None, tagged: bool = True) -> None:
+    """Write an 8-bit picture (H, W, 3) as PNG or JPEG, whole or not at all; as sRGB, with a profile, if `tagged`."""
     attributes: dict[str, Any] = (
         {"compression": "jpeg:95", "jpeg:subsampling": "4:4:4"} if path.suffix.lower() != ".png" else {}
     )
-    attributes["ICCProfile"] = icc.make_profile(REC709, "srgb")
-    attributes["Exif:ColorSpace"] = 1
+    if tagged:
+        attributes["ICCProfile"] = icc.make_profile(REC709, "srgb")
+        attributes["Exif:ColorSpace"] = 1
     _write(path, picture, "uint8", attributes, metadata)
 
 

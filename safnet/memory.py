@@ -15,6 +15,10 @@ MARGINS = 46  # pixels beside a tile that the full model sees
 PROCESS = 0.45 * GIB  # Python, PyTorch and the weights
 ALIGNMENT = 1.25 * GIB  # at the size where frames are aligned, whatever their own size
 RESULT_BYTES = 24  # a pixel: radiance, its copy in the numbers of the file, the preview
+RADIANCE_BYTES = 12
+WRITING_BYTES = {".avif": 60, ".jpg": 18, ".jpeg": 18}  # a pixel beside the radiance, in formats that take much
+MASK_BYTES = 1  # a pixel of the result, while it is fused
+MASK_READING_BYTES = 20, 4  # a pixel of the mask while it is read, and more for each of its channels
 INSPECTION_BYTES = 84  # a pixel: explicit fusion, flows and masks, and their pictures
 TILE_BYTES = {"small": 700, "full": 1800}  # a pixel of a tile
 
@@ -31,7 +35,15 @@ def parse_size(text: str) -> int:
 
 
 def needed_memory(
-    height: int, width: int, frames: int, frame_bytes: int, variant: Variant, tile: int, inspect: bool = False
+    height: int,
+    width: int,
+    frames: int,
+    frame_bytes: int,
+    variant: Variant,
+    tile: int,
+    inspect: bool = False,
+    mask: tuple[int, int] | None = None,
+    suffix: str = "",
 ) -> int:
     """About as many bytes as `fuse_files` has at its peak on a CPU.
 
@@ -42,13 +54,20 @@ def needed_memory(
         variant: of the model.
         tile: side of the tiles in pixels, 0 for the whole frame.
         inspect: with the pictures of all steps.
+        mask: pixels and channels of a mask's file, if there is one.
+        suffix: of the result's file.
     """
     pixels = height * width
     tile_pixels = pixels if tile == 0 else min(pixels, (tile + MARGINS) ** 2)
     work = max(ALIGNMENT, TILE_BYTES[variant] * tile_pixels)
     results = RESULT_BYTES + (12 if frames != 3 else 0) + (INSPECTION_BYTES if inspect else 0)
-    kept = (3 * frames * frame_bytes + results) * pixels
-    return int(PROCESS + work + kept)
+    stored = 3 * frames * frame_bytes * pixels
+    fusing = work + results * pixels
+    writing = (RADIANCE_BYTES + WRITING_BYTES.get(suffix, 0)) * pixels
+    painted, reading = 0, 0
+    if mask is not None:
+        painted, reading = MASK_BYTES * pixels, mask[0] * (MASK_READING_BYTES[0] + MASK_READING_BYTES[1] * mask[1])
+    return int(PROCESS + stored + painted + max(reading, fusing, writing))
 
 
 def gibibytes(count: float) -> str:

@@ -8,18 +8,23 @@ from pathlib import Path
 
 import torch
 
+from safnet.avif import BRIGHTEST, check_avif, write_avif
 from safnet.choices import ColourSpace, Depth, Ghosts, Look, ToneMap
 from safnet.colour import REC709, SPACES, Space, conversion, convert_, parse_curve
 from safnet.exposures import Bracket, open_bracket
 from safnet.fuse import TILE, Progress, Result, default_tile, fuse_exposures
 from safnet.images import (
+    AVIF_EXTENSIONS,
     DEPTHS,
     PICTURE_EXTENSIONS,
+    RESULT_EXTENSIONS,
+    SCREEN_DEPTHS,
     ULTRA_HDR_EXTENSIONS,
     BytePicture,
     FloatPicture,
     ImageError,
     check_destination,
+    mask_numbers,
     read_frames,
     read_mask,
     write_picture,
@@ -75,7 +80,7 @@ def fuse_files(
 
     Args:
         paths: two to nine frames in any order (JPEG, PNG, TIFF, EXR, camera raw, HEIC), or their folder.
-        output: .exr, .hdr or .tif for the linear result, .jpg for Ultra HDR; None to write none.
+        output: .exr, .hdr, .tif or .dng for the linear result, .jpg for Ultra HDR, .avif for HDR screens; None to write none.
         evs: exposures in stops in the order of `paths` (of a folder: by name), more light being higher. None to take them from
             exposure.txt beside the frames, else from EXIF.
         reference: the frame to align to; None for the middle one of three, the best exposed one of others.
@@ -89,7 +94,8 @@ def fuse_files(
         memory: bytes; what would need more is refused before it is begun.
         curve: of the frames' values: "auto" for what each file states (else gamma 2.2), "srgb", "linear" or a gamma.
         space: primaries of the result: "rec709", "p3", "rec2020", or "input" for the frames' own.
-        depth: numbers in `output`: "half" or "float" for .exr, "float" or "uint16" for .tif; the first of these by default.
+        depth: numbers in `output`: "half" or "float" for .exr, "float" or "uint16" for .tif, "uint16" or "half" for .dng; the
+            first of these by default.
         preview: .png or .jpg for a tone-mapped picture; None to write none.
         tonemap: of the preview and of the inspection's pictures: "photo", "reinhard" or "mu-law".
         look: of "photo": "natural", "neutral" or "flat".
@@ -120,7 +126,7 @@ def fuse_files(
     check_look(tonemap, look)
     results = check_destinations(frames, output, depth, preview, inspect, overwrite, mask)
     bracket = open_bracket(frames, evs, results, parse_curve(curve), reference, mask)
-    painted = None if mask is None else read_mask(mask, *bracket.size)
+    mask_size = None if mask is None else mask_numbers(mask, *bracket.size)
     target = SPACES.get(space, bracket.space)
     if output is not None and output.suffix.lower() in REC709_EXTENSIONS and conversion(target, REC709) is not None:
         raise ImageError(
@@ -134,11 +140,15 @@ def fuse_files(
     height, width = pictures[1].shape[2:]
     bytes_a_number, inspected = pictures[1].dtype.itemsize, inspect is not None
     side = default_tile(next(network.parameters()).device) if tile is None else tile
-    need = needed_memory(height, width, len(pictures), bytes_a_number, network.variant, side, inspected)
+    suffix = "" if output is None else output.suffix.lower()
+    need = needed_memory(
+        height, width, len(pictures), bytes_a_number, network.variant, side, inspected, mask_size, suffix
+    )
     if memory is not None and need > memory:
         raise MemoryError(
             f"--memory {gibibytes(memory)} is too little: {_say_need(height, width, need, side, inspected)}"
         )
+    painted = None if mask is None else read_mask(mask, *bracket.size)
     try:
         result = fuse_exposures(
             network,
@@ -194,10 +204,13 @@ def check_destinations(
     """All files that `fuse_files` will write. Raises ImageError where it may not, or where two are one file."""
     results = {}
     if output is not None:
-        check_destination("--output", output, (*DEPTHS, *ULTRA_HDR_EXTENSIONS), overwrite)
-        formats = DEPTHS.get(output.suffix.lower(), ("8 bits and a gain map",))
-        if depth is not None and depth not in formats:
-            raise ImageError(f"--depth {depth} does not fit {output}: {output.suffix} holds {' or '.join(formats)}")
+        check_destination("--output", output, RESULT_EXTENSIONS, overwrite)
+        kind = output.suffix.lower()
+        if depth is not None and depth not in DEPTHS.get(kind, ()):
+            held = SCREEN_DEPTHS.get(kind) or " or ".join(DEPTHS[kind])
+            raise ImageError(f"--depth {depth} does not fit {output}: {output.suffix} holds {held}")
+        if kind in AVIF_EXTENSIONS:
+            check_avif("--output", output)
         results["--output"] = output
     if preview is not None:
         check_destination("--preview", preview, PICTURE_EXTENSIONS, overwrite)
@@ -239,10 +252,13 @@ def _write(
     inspect: Path | None,
 ) -> None:
     metadata = bracket.frames[result.reference].metadata
-    has_gain_map = output is not None and output.suffix.lower() in ULTRA_HDR_EXTENSIONS
-    if output is not None and not has_gain_map:
-        write_radiance(output, to_picture(result.radiance), depth, space, metadata)
-    if preview is None and inspect is None and not has_gain_map:
+    exposure = exposure_ratios(result.evs)[result.reference]
+    kind = "" if output is None else output.suffix.lower()
+    if output is not None and kind in DEPTHS:
+        write_radiance(output, to_picture(result.radiance), depth, space, metadata, exposure)
+    elif output is not None and kind in AVIF_EXTENSIONS:
+        _warn_of_clipped(write_avif(output, to_picture(result.radiance), exposure, space, metadata), output)
+    if preview is None and inspect is None and kind not in ULTRA_HDR_EXTENSIONS:
         return
     shown = result.radiance
     if conversion(space, REC709) is not None:
@@ -250,8 +266,8 @@ def _write(
         convert_(shown, space, REC709)
     radiance = to_picture(shown)
     curve = tone(radiance)
-    if output is not None and has_gain_map:
-        write_ultra_hdr(output, radiance, exposure_ratios(result.evs)[result.reference], curve(radiance), metadata)
+    if output is not None and kind in ULTRA_HDR_EXTENSIONS:
+        write_ultra_hdr(output, radiance, exposure, curve(radiance), metadata)
     if preview is not None:
         write_picture(preview, curve(radiance), metadata)
     if inspect is not None:
@@ -263,6 +279,16 @@ def _write(
         frames = [pictures[number] for number in shown_frames]
         for name, picture in inspection(frames, labels, result, radiance, curve).items():
             write_picture(inspect / name, picture, ())
+
+
+def _warn_of_clipped(share: float, output: Path) -> None:
+    if share:
+        warnings.warn(
+            f"{max(100 * share, 0.01):.2g} % of the pixels are brighter than {BRIGHTEST:g} cd/m2, which is as far as "
+            f"{output.suffix} goes, and are clipped there; .exr holds them",
+            FusionWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_slow_precision(model: SAFNet, precision: torch.dtype) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from safnet.colour import LINEAR, REC709, Colour, Space, Values, space_of_matrix
-from safnet.exif import read_exif
+from safnet.exif import EXIF_IFD, GPS_IFD, read_exif
 from safnet.images import Header, ImageError
 
 TURNED = (5, 6)  # LibRaw's flips by a quarter
@@ -117,6 +117,8 @@ def _exif(path: Path, raw: Any) -> Image.Exif:
         if file.read(4) in (b"II*\0", b"MM\0*"):
             file.seek(0)
             exif.load_from_fp(file)
+            for ifd in (EXIF_IFD, GPS_IFD):  # which would be read when they are asked for
+                exif.get_ifd(ifd)
             return exif
     try:
         thumbnail = raw.extract_thumb()

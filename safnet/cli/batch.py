@@ -11,14 +11,16 @@ from safnet.cli.terminal import one_line_errors, progress_bar
 
 INCOMPLETE = 1  # exit code of --strict
 
-Format = Literal["exr", "tif", "hdr", "jpg"]
+Format = Literal["exr", "tif", "hdr", "dng", "jpg", "avif"]
 PreviewFormat = Literal["jpg", "png", "none"]
 
 
 def batch(
     folder: Annotated[Path, typer.Argument(help="Folder of the pictures, as from a card.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made if missing.")],
-    form: Annotated[Format, typer.Option("--format", help="Of the results; jpg is Ultra HDR.")] = "exr",
+    form: Annotated[
+        Format, typer.Option("--format", help="Of the results; jpg is Ultra HDR, dng linear DNG, avif for HDR screens.")
+    ] = "exr",
     preview: Annotated[PreviewFormat, typer.Option(help="Write a picture to look at beside each.")] = "jpg",
     every: Annotated[
         int | None, typer.Option(min=3, help="So many pictures make a bracket.", show_default="told by EXIF")
@@ -55,9 +57,10 @@ def batch(
     with one_line_errors():
         import torch
 
+        from safnet.avif import check_avif
         from safnet.batch import TABLE, Job, find_series, fuse_jobs
         from safnet.colour import parse_curve
-        from safnet.exposures import FRAMES, parse_evs
+        from safnet.exposures import FRAMES, advised_batch, parse_evs
         from safnet.pipeline import check_look
         from safnet.weights import load_model
 
@@ -68,6 +71,8 @@ def batch(
         evs = None if ev is None else parse_evs(ev)
         parse_curve(curve)
         check_look(tonemap, look)
+        if form == "avif":
+            check_avif("--format", Path(form))
         if mask is not None and not mask.is_file():
             raise ValueError(f"--mask {mask} is no file")
         folder, output, mask = folder.resolve(), output.resolve(), None if mask is None else mask.resolve()
@@ -77,7 +82,8 @@ def batch(
             names = " ".join(frame.name for frame in one.chosen or one.frames)
             typer.echo(f"{one.name}.{form}: {names}" if one.chosen else f"left out: {names} ({one.reason})")
         if not brackets:
-            raise ValueError(f"no brackets in {folder}; give --every 3 if its pictures are some, by name")
+            advice = advised_batch([frame for one in series for frame in one.frames], folder, output)
+            raise ValueError(f"no brackets in {folder}{'; ' if advice else ''}{advice}")
         if cluster is None:
             load_model(model, device)  # whose errors are those of all brackets
         if not yes:

@@ -27,7 +27,12 @@ def fuse(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="HDR result: linear .exr, .hdr or .tif, or Ultra HDR .jpg.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="HDR result: linear .exr, .hdr, .tif or .dng, Ultra HDR .jpg, or .avif for HDR screens.",
+        ),
     ],
     ev: Annotated[
         str | None,
@@ -62,7 +67,10 @@ def fuse(
     ] = "rec709",
     depth: Annotated[
         choices.Depth | None,
-        typer.Option(help="Numbers in the result: .exr half or float, .tif float or uint16.", show_default="the first"),
+        typer.Option(
+            help="Numbers in the result: .exr half or float, .tif float or uint16, .dng uint16 or half.",
+            show_default="the first",
+        ),
     ] = None,
     preview: Annotated[Path | None, typer.Option(help="Also write a tone-mapped picture: .png or .jpg.")] = None,
     tonemap: Annotated[choices.ToneMap, typer.Option(help="Tone map of preview and inspection.")] = "photo",

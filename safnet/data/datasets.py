@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from safnet.choices import FEWEST_FRAMES, MOST_FRAMES, DatasetName, Split
-from safnet.exposures import find_evs
+from safnet.exposures import TRUTH_NAMES, find_evs
 from safnet.images import FLOAT_TYPES, FloatPicture, ImageError, find_frames, read_header, read_ldr
 from safnet.radiance import GAMMA
 
 NTIRE_GAMMA = 2.24  # camera curve of NTIRE 2021, by its organisers
-TRUTH_NAMES = ("HDRImg", "hdr_img", "truth", "gt", "ground_truth")  # of the "folder" layout, without extension
 RADIANCE_EXTENSIONS = (".hdr", ".exr", ".tif", ".tiff")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import sys
 import threading
 import time
@@ -152,11 +153,21 @@ def test_a_stopped_run_goes_on(card, tmp_path, weights):
     assert (out / "IMG_0008.jpg").is_file()
 
 
-def test_results_in_the_folder_are_no_frames(card, weights):
-    run(card, "-o", card / "out", "--format", "jpg", "--yes", "--model", weights)
-    run(card, "-o", card, "--format", "tif", "--preview", "png", "--yes", "--model", weights)
-    outcome = run(card, "-o", card, "--format", "tif", "--preview", "png", "--yes", "--model", weights)
+@pytest.mark.parametrize("form", ["tif", "dng", "avif"])
+def test_results_in_the_folder_are_no_frames(card, weights, form):
+    arguments = card, "-o", card, "--format", form, "--preview", "png", "--yes", "--model", weights
+    assert "4 fused, 0 done before, 0 failed" in run(*arguments).stdout
+    outcome = run(*arguments)
     assert "0 fused, 4 done before, 0 failed" in outcome.stdout
+    assert f"IMG_0001.{form}: IMG_0002.jpg IMG_0001.jpg IMG_0003.jpg" in outcome.stdout
+
+
+def test_a_frame_of_a_results_name_is_no_result(card, weights):
+    before = {path: path.read_bytes() for path in card.iterdir()}
+    outcome = run(card, "-o", card, "--format", "jpg", "--preview", "none", "--yes", "--model", weights)
+    assert "0 fused, 0 done before, 4 failed" in outcome.stdout
+    assert "IMG_0001.jpg exists already" in outcome.stderr
+    assert {path: path.read_bytes() for path in card.iterdir() if path.name != TABLE} == before
 
 
 def test_one_bad_bracket_stops_no_other(card, tmp_path, weights):
@@ -198,6 +209,50 @@ def test_bad_input_is_refused_in_one_line(card, tmp_path, arguments, message, mo
     assert outcome.exit_code == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", outcome.stderr), outcome.stderr
     assert not (tmp_path / "out").exists()
+
+
+def without_exposures(folder):
+    for number, level in enumerate((90, 20, 200) * 2):
+        save_tagged(folder / f"{number}.png", np.full((HEIGHT, WIDTH, 3), level, np.uint8), "uint8")
+
+
+def of_small_steps(folder):
+    for number, time_ in enumerate((1 / 100, 1 / 125, 1 / 80)):
+        shoot(folder, number, number, time_)
+
+
+def of_another_count(folder):
+    without_exposures(folder)
+    (folder / "5.png").unlink()
+
+
+# Each case: a folder without brackets, the options that its message ends with, and how many these fuse.
+ADVICE = {
+    "no exposures": (without_exposures, "batch {card} -o {out} --every 3 --ev 0 -2 2", 2),
+    "small steps": (of_small_steps, "batch {card} -o {out} --every 3", 1),
+    "another count": (
+        of_another_count,
+        "fuse {card}/1.png {card}/4.png {card}/0.png {card}/3.png {card}/2.png --ev ",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_what_is_advised_is_taken(tmp_path, case, monkeypatch):
+    make, advised, count = ADVICE[case]
+    monkeypatch.chdir(tmp_path)
+    card, out = tmp_path / "a card", tmp_path / "out"
+    card.mkdir()
+    make(card)
+    outcome = run("a card", "-o", "out")
+    assert outcome.exit_code == 2, outcome.output
+    line = outcome.stderr.rstrip("\n").partition("for example: ")[2]
+    words = shlex.split(line)
+    assert " ".join(words).startswith(f"safnet {advised.format(card=card, out=out)}")
+    done = CliRunner().invoke(app, words[1:], input="y\n")
+    assert done.exit_code == 0, done.output
+    assert count is None or f"{count} fused, 0 done before, 0 failed" in done.stdout
 
 
 def test_a_mask_serves_all_brackets(tmp_path, weights):
@@ -260,7 +315,10 @@ def test_a_process_that_is_killed_loses_nothing(tmp_path, weights):
     assert {outcome.state for outcome in outcomes} <= {"fused", "done"}
     rows = table(out)
     assert [row["result"] for row in rows] == sorted(job.output.name for job in jobs)
-    assert {path.name for path in out.iterdir()} == {job.output.name for job in jobs} | {TABLE}
+    shown = {
+        path.name for path in out.iterdir() if not path.name.startswith(".")
+    }  # what was killed leaves hidden files
+    assert shown == {job.output.name for job in jobs} | {TABLE}
     for job in jobs:
         assert read_header(job.output).width == WIDTH
 

@@ -266,7 +266,7 @@ REFUSALS = {
     "infinite": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", 0, 2, "inf"], r"inf does not exist"),
     "odd fraction": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0 1/80 1/20"], r"1/80 is neither .*-1/3 0 1/3"),
     "no time": (lambda f, t: [*f, "-o", t / "r.exr", "--ev", "0s 1s 4s"], r"times must be above 0, .*, got '0s 1s 4s'"),
-    "exposure times": (lambda f, t: [*f, "--ev", 320, 80, 20, "-o", t / "r.exr"], r"are they exposure times"),
+    "exposure times": (lambda f, t: [*f, "--ev", 320, 80, 20, "-o", t / "r.exr"], r"as exposure times would"),
     "missing frame": (lambda f, t: [*f[:2], t / "gone.png", *OK, "-o", t / "r.exr"], r"gone\.png does not exist"),
     "no picture": (lambda f, t: [*f[:2], make(t / "x.png"), *OK, "-o", t / "r.exr"], r"x\.png cannot be read"),
     "foreign frame": (
@@ -547,7 +547,8 @@ def test_a_mask_in_the_folder_is_no_frame(tmp_path, folder, weights, radiance):
 def test_masks_that_cannot_be_are_refused(tmp_path, frames, weights, name, message):
     (tmp_path / "text.png").write_text("white")
     save_mask(tmp_path / "square.png", np.zeros((30, 30), np.uint8))
-    (tmp_path / "cut.png").write_bytes((tmp_path / "square.png").read_bytes()[:60])
+    save_mask(tmp_path / "cut.png", np.random.default_rng(0).integers(0, 255, (40, 56)).astype(np.uint8))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
     (tmp_path / "result.exr").write_bytes(b"")
     outcome = fuse(
         *frames, "--ev", 2, -2, 0, "--model", weights, "--mask", tmp_path / name, "-o", tmp_path / "result.exr",

@@ -1,11 +1,15 @@
 """Exposure values: where they come from, which wins, and what is refused."""
 
-from dataclasses import replace
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from safnet.batch import find_series
+from safnet.cli import app
 from safnet.exposures import ExposureError, exif_evs, find_evs, format_evs, open_bracket
 from safnet.images import Header, ImageError, write_radiance
 from tests.support.frames import save_frame, save_tagged
@@ -24,18 +28,8 @@ def test_more_light_is_a_higher_ev():
     assert [ev - faster[0] for ev in faster] == pytest.approx([0, 1, 3])
 
 
-def test_biases_are_offered_where_there_are_no_exposures():
-    frames = [replace(frame(name), bias=bias) for name, bias in (("a", 0.0), ("b", -2.0), ("c", 2 / 3))]
-    with pytest.raises(
-        ExposureError, match=r"no exposure time .* biases are 0 -2 \+0\.667: .* give --ev 0 -2 \+0\.667$"
-    ):
-        exif_evs(frames)
-    with pytest.raises(ExposureError, match=r"with --ev, for example"):
-        exif_evs([replace(one, bias=0.0) for one in frames])
-
-
 def test_exif_must_be_complete():
-    with pytest.raises(ExposureError, match=r"no exposure time in the EXIF data of b\.jpg, c\.jpg; .*--ev -2 0 2"):
+    with pytest.raises(ExposureError, match=r"no exposure time in the EXIF data of b\.jpg, c\.jpg$"):
         exif_evs([frame("a.jpg", 1), frame("b.jpg"), frame("c.jpg")])
     with pytest.raises(ExposureError, match=r"no ISO in the EXIF data of c\.jpg"):
         exif_evs([frame("a.jpg", 1, 2, 100), frame("b.jpg", 2, 2, 100), frame("c.jpg", 4, 2)])
@@ -83,7 +77,7 @@ def test_exposure_file_needs_a_common_folder(tmp_path):
         ([0, 0, 2], r"EVs from --ev must differ, got a\.png 0, b\.png 0, c\.png 2"),
         ([0, 0.01, 2], "must differ"),
         ([0, float("nan"), 2], "must be finite"),
-        ([320, 80, 20], "are they exposure times"),
+        ([320, 80, 20], "span more than 30 stops, as exposure times would"),
         ([0, 2], "--ev must give 3 values, got 2: 0 2"),
     ],
 )
@@ -93,7 +87,7 @@ def test_impossible_evs(evs, message):
 
 
 def test_equal_exif_exposures_are_refused():
-    with pytest.raises(ExposureError, match=r"EVs from EXIF must differ, got a\.png -4\.32.*give them with --ev"):
+    with pytest.raises(ExposureError, match=r"EVs from EXIF must differ, got a\.png -4\.322, .*c\.png -4\.322$"):
         find_evs([frame("a.png", 1 / 20), frame("b.png", 1 / 20), frame("c.png", 1 / 20)])
 
 
@@ -135,7 +129,9 @@ class TestBracket:
         for name in "defghij":
             save_frame(folder / f"{name}.png", np.zeros((4, 6, 3), np.uint8))
         with pytest.raises(
-            ExposureError, match=r"must hold 2 to 9 frames, got 10 \(.*choose some, for example: .*a\.png .*j\.png"
+            ExposureError,
+            match=r"must hold 2 to 9 frames, got 10 \(.*choose some, with EVs guessed by brightness, for example: "
+            r"safnet fuse \S*a\.png \S*b\.png \S*c\.png --ev -2 0 2 -o fused\.exr$",
         ):
             open_bracket([folder])
         (folder / "empty").mkdir()
@@ -147,21 +143,6 @@ class TestBracket:
         assert open_bracket(pictures, [2, 0, 1], reference=pictures[0]).reference == 2
         with pytest.raises(ExposureError, match=r"--reference must be one of the frames .*, got other\.png"):
             open_bracket(pictures, [2, 0, 1], reference=Path("other.png"))
-
-    def test_of_several_brackets_one_is_advised(self, tmp_path):
-        """As cameras number them: the middle exposure first, of two brackets in a row."""
-        for number, time in enumerate((1 / 50, 1 / 200, 1 / 12, 1 / 50, 1 / 200, 1 / 12)):
-            save_tagged(tmp_path / f"{number}.jpg", np.zeros((8, 8, 3), np.uint8), "uint8", ExposureTime=time)
-        with pytest.raises(ExposureError, match=r"example: \S*1\.jpg \S*0\.jpg \S*2\.jpg$") as caught:
-            open_bracket([tmp_path])
-        advised = [Path(name) for name in str(caught.value).rsplit(": ", 1)[1].split()]
-        assert [frame.path for frame in open_bracket(advised).frames] == advised, "what is advised is taken"
-
-    def test_of_too_long_a_bracket_the_ends_are_advised(self, tmp_path):
-        for number, time in enumerate((1, 16, 4, 0.25, 1 / 16, 2, 8, 0.5, 1 / 8, 1 / 32)):
-            save_tagged(tmp_path / f"{number}.jpg", np.zeros((8, 8, 3), np.uint8), "uint8", ExposureTime=float(time))
-        with pytest.raises(ExposureError, match=r"example: \S*9\.jpg \S*0\.jpg \S*1\.jpg$"):
-            open_bracket([tmp_path])
 
     def test_jpegs_beside_raw_files_are_no_frames(self, tmp_path):
         for name in "abc":
@@ -198,3 +179,151 @@ class TestBracket:
     def test_missing_frame(self, pictures):
         with pytest.raises(ImageError, match=r"gone\.png does not exist"):
             open_bracket([pictures[0], pictures[1], pictures[0].with_name("gone.png")])
+
+
+def grey(folder, name, level=0, size=(8, 8), **tags):
+    return save_tagged(folder / name, np.full((*size, 3), level, np.uint8), "uint8", **tags)
+
+
+def exposed(folder, *times):
+    for number, time in enumerate(times):
+        grey(folder, f"{number:02}.jpg", 40 * (number % 3), ExposureTime=float(time))
+
+
+def evaluation_scene(folder, exposures="-2 0 2 4"):
+    """As the data sets have them; four values say that the truth is a frame."""
+    for number, name in enumerate(("a.png", "b.png", "c.png")):
+        grey(folder, name, 60 * number)
+    write_radiance(folder / "truth.exr", np.zeros((8, 8, 3), np.float32))
+    if exposures:
+        (folder / "exposure.txt").write_text(exposures)
+
+
+def of_two_sizes(folder):
+    for number, time in enumerate((1 / 50, 1 / 200, 1 / 12)):
+        grey(folder, f"{number}.jpg", ExposureTime=time)
+        grey(folder, f"{number}-small.jpg", size=(4, 4), ExposureTime=time)
+    grey(folder, "3.jpg", ExposureTime=2.0)
+
+
+def with_odd_names(folder):
+    for name in ("a b.jpg", "c'd.jpg", "$e.jpg"):
+        grey(folder, name, ord(name[-5]), ExposureTime=0.02)
+
+
+def with_biases(folder):
+    for name, bias in (("a.jpg", 0.0), ("b.jpg", -2.0), ("c.jpg", 2 / 3)):
+        grey(folder, name, ExposureTime=0.02, Exif__ExposureBiasValue=bias)
+
+
+def numbered(folder, table):
+    for number in range(12):
+        grey(folder, f"{number:02}.png", 20 * (number % 3))
+    (folder / "exposure.txt").write_text(table)
+
+
+# Each case: a folder that is refused, and the frames and EVs of the line that its message ends with.
+ADVICE = {
+    "two brackets, the middle first": (
+        lambda f: exposed(f, 1 / 50, 1 / 200, 1 / 12, 1 / 50, 1 / 200, 1 / 12),
+        "must differ.*; for $",
+        "01.jpg 00.jpg 02.jpg",
+    ),
+    "too long": (
+        lambda f: exposed(f, 1, 16, 4, 0.25, 1 / 16, 2, 8, 0.5, 1 / 8, 1 / 32),
+        "got 10 .*choose some",
+        "09.jpg 00.jpg 01.jpg",
+    ),
+    "three brackets": (lambda f: exposed(f, *(1, 4, 16) * 4), "got 12 .*choose some", "00.jpg 01.jpg 02.jpg"),
+    "equal exposures": (
+        lambda f: exposed(f, 1, 1, 1),
+        "EVs from EXIF must differ, .*; with EVs guessed by brightness, for $",
+        "00.jpg 01.jpg 02.jpg --ev -2 0 2",
+    ),
+    "two equal exposures": (lambda f: exposed(f, 1, 1), "must differ", "00.jpg 01.jpg --ev 0 2"),
+    "one exposure twice": (lambda f: exposed(f, 1, 1, 4), "must differ", "01.jpg 02.jpg"),
+    "five equal exposures": (
+        lambda f: [grey(f, f"{n}.jpg", 200 - 30 * n, ExposureTime=1.0) for n in range(5)],
+        "must differ",
+        "4.jpg 3.jpg 2.jpg 1.jpg 0.jpg --ev -2 -1 0 1 2",
+    ),
+    "twelve equal exposures": (lambda f: exposed(f, *[1] * 12), "got 12", "00.jpg 01.jpg 02.jpg --ev -2 0 2"),
+    "no exposures": (
+        lambda f: [grey(f, name, level) for name, level in (("a.png", 90), ("b.png", 10), ("c.png", 200))],
+        "no exposure time",
+        "b.png a.png c.png --ev -2 0 2",
+    ),
+    "biases": (
+        with_biases,
+        "must differ, .*; with their exposure biases for EVs, for $",
+        "a.jpg b.jpg c.jpg --ev 0 -2 +0.667",
+    ),
+    "odd names": (with_odd_names, "must differ", "'a b.jpg' 'c'\"'\"'d.jpg' '$e.jpg' --ev -2 0 2"),
+    "two sizes": (of_two_sizes, "frames must have one size", "1.jpg 2.jpg 3.jpg"),
+    "the truth of a scene": (
+        lambda f: evaluation_scene(f, ""),
+        r"c\.png, .*truth\.exr; truth\.exr is named as the truth of a scene to evaluate with",
+        "a.png b.png c.png --ev -2 0 2",
+    ),
+    "exposures of another count": (
+        lambda f: evaluation_scene(f, "0 2"),
+        r"exposure\.txt must hold 4 EVs, one a frame, got 2; truth\.exr is named as",
+        "a.png b.png c.png --ev -2 0 2",
+    ),
+    "times in exposure.txt": (
+        lambda f: evaluation_scene(f, "320 80 20"),
+        "span more than 30 stops, as exposure times would",
+        "a.png b.png c.png --ev -2 0 2",
+    ),
+    "words in exposure.txt": (lambda f: numbered(f, "dark"), "got 12", "00.png 01.png 02.png --ev -2 0 2"),
+    "exposure.txt of all": (lambda f: numbered(f, "0 -2 2 " * 4), "got 12", "01.png 00.png 02.png"),
+    "exposure.txt of some": (lambda f: numbered(f, "0 0 2"), "got 12", "00.png 01.png 02.png --ev -2 0 2"),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_what_is_advised_is_taken(tmp_path, case, monkeypatch):
+    make, message, advised = ADVICE[case]
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    make(folder)
+    monkeypatch.chdir(folder)
+    outcome = CliRunner().invoke(app, ["fuse", ".", "-o", "r.exr"])
+    assert outcome.exit_code == 2, outcome.output
+    said, _, line = outcome.stderr.rstrip("\n").partition("example: ")
+    assert re.search(message, said), said
+    assert line == f"safnet fuse {advised} -o r.exr"
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output
+    assert (folder / "r.exr").is_file()
+
+
+def test_what_is_advised_replaces_what_may_be_replaced(tmp_path):
+    exposed(tmp_path, 1, 1, 1)
+    (tmp_path / "r.exr").touch()
+    with pytest.raises(ExposureError, match=r"-o \S*r\.exr --overwrite$"):
+        open_bracket(sorted(tmp_path.glob("*.jpg")), besides=[tmp_path / "r.exr"])
+
+
+def test_nothing_is_advised_where_nothing_would_work(tmp_path):
+    grey(tmp_path, "a.png")
+    grey(tmp_path, "b.png", size=(4, 4))
+    with pytest.raises(ExposureError, match=r"one size, got .* with 4 x 4 pixels$"):
+        open_bracket([tmp_path])
+
+
+@pytest.mark.parametrize("given", [None, [-2, 0, 2]])
+def test_a_truth_is_no_frame_where_the_exposures_count_the_others(tmp_path, given):
+    evaluation_scene(tmp_path, "-2 0 2" if given is None else "")
+    assert [frame.path.name for frame in open_bracket([tmp_path], given).frames] == ["a.png", "b.png", "c.png"]
+    assert [path.name for path in find_series(tmp_path)[0].chosen] == ([] if given else ["a.png", "b.png", "c.png"])
+
+
+def test_a_photograph_named_as_a_truth_stays_a_frame(tmp_path):
+    for name, time in (("a.jpg", 1.0), ("gt.jpg", 4.0), ("z.jpg", 16.0)):
+        grey(tmp_path, name, ExposureTime=time)
+    assert len(open_bracket([tmp_path]).frames) == 3
+    (tmp_path / "exposure.txt").write_text("-2 0 2")
+    assert len(open_bracket([tmp_path]).frames) == 3
+    with pytest.raises(ExposureError, match=r"must give 3 values, got 4: .*; gt\.jpg is named as the truth"):
+        open_bracket([tmp_path], [0, 1, 2, 3])

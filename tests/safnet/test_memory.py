@@ -4,13 +4,14 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from safnet.fuse import TILE
-from safnet.memory import GIB, needed_memory, parse_size
+from safnet.memory import GIB, RADIANCE_BYTES, RESULT_BYTES, WRITING_BYTES, needed_memory, parse_size
 from tests.support.scenes import handheld
 
 HEIGHT, WIDTH = 1200, 1600
@@ -77,6 +78,66 @@ def test_more_is_needed_of_larger_tiles_and_frames():
     assert needed_memory(4000, 6000, 3, 1, "full", 0) == needed_memory(4000, 6000, 3, 1, "full", 10000)
     assert needed_memory(4000, 6000, 3, 2, "full", 448) - need == 9 * 24e6
     assert needed_memory(4000, 6000, 3, 1, "full", 448, inspect=True) > need + 1e9
+
+
+def test_a_mask_counts():
+    need = needed_memory(4000, 6000, 3, 1, "small", 448)
+    assert needed_memory(4000, 6000, 3, 1, "small", 448, mask=(24_000_000, 4)) - need == 24e6
+    large = needed_memory(4000, 6000, 3, 1, "small", 448, mask=(200_000_000, 3))
+    assert large > 200e6 * 32 + 9 * 24e6, "reading a large mask needs more than fusing"
+
+
+def test_writing_counts_where_it_takes_more_than_fusing():
+    need = [
+        needed_memory(10000, 10000, 3, 1, "small", 448, suffix=suffix) for suffix in (".exr", ".dng", ".jpg", ".avif")
+    ]
+    assert need[0] == need[1] == need[2]
+    assert need[3] - need[0] == pytest.approx(72e8 - 24e8 - 1.25 * GIB, abs=1)
+    assert needed_memory(1000, 1000, 3, 1, "small", 448, suffix=".avif") == needed_memory(
+        1000, 1000, 3, 1, "small", 448
+    )
+
+
+@pytest.mark.parametrize("name", ["r.avif", "r.dng"])
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_writers_need_no_more_than_is_said(tmp_path, name):
+    """Of what is held beside the radiance while it is written, in a process that has only that."""
+    code = """
+import resource, sys
+from pathlib import Path
+import imagecodecs, numpy as np, torch
+import safnet.dng, safnet.pipeline
+from safnet.avif import write_avif
+from safnet.images import write_radiance
+light = np.random.default_rng(0).random((2000, 3000, 3), np.float32)
+light **= 8
+path = Path(sys.argv[1])
+write = write_avif if path.suffix == ".avif" else write_radiance
+write(path, light[:64, :64].copy(), exposure=1.0)  # once, for what libraries set up
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+write(path, light, exposure=1.0)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 6e6)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < WRITING_BYTES.get(Path(name).suffix, RESULT_BYTES - RADIANCE_BYTES)
+
+
+def test_a_large_mask_is_refused_before_it_is_read(frames, tmp_path):
+    """Of 36 times the pixels of the frames, reading it takes more than all else."""
+    side = (6 * HEIGHT, 6 * WIDTH)
+    cv2.imwrite(str(tmp_path / "mask.png"), np.zeros((*side, 3), np.uint8))
+    needed = needed_memory(HEIGHT, WIDTH, 3, 1, "small", TILE, mask=(side[0] * side[1], 3))
+    assert needed > needed_memory(HEIGHT, WIDTH, 3, 1, "small", TILE) + 3e8
+    arguments = "--mask", str(tmp_path / "mask.png"), "--memory"
+    code, error, small = fuse(frames, tmp_path / "r.exr", *arguments, str(needed - 1000))
+    assert code == 1
+    assert "is too little" in error
+    code, error, peak = fuse(frames, tmp_path / "r.exr", *arguments, str(needed))
+    assert code == 0, error
+    assert needed * 0.8 < peak < needed
+    assert small < peak / 2
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GB", 4e9), ("1.5 GiB", 1.5 * GIB), ("800mb", 8e8), ("12345", 12345)])
