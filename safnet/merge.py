@@ -31,6 +31,7 @@ TELLING = (
 FULL_WEIGHT = 0.25  # of an outer exposure's triangle weight, from which it counts by its noise alone
 LEAST_SHORT = 1e-2  # weight of the short exposure where it clips itself: no other has more to tell there
 LEAST_WEIGHT = 1e-6  # of the reference, so that no pixel is without weight
+BAND = 64  # rows that a CPU weighs at a time, so that what is between stays in its cache
 
 
 def measure_noise(long: Tensor, reference: Tensor, ratios: Sequence[float]) -> Tensor:
@@ -63,30 +64,49 @@ def weigh_by_noise(
         ratios: exposure ratios of short, reference and long.
         noise: as of `measure_noise`.
     """
+    n, _, height, width = reference.shape
+    band = BAND if reference.device.type == "cpu" else height
+    weights = tuple(reference.new_empty(n, 3, height, width) for _ in range(3))
+    mask = torch.empty_like(mask_long)
+    for first in range(0, height, band):
+        seen = slice(max(first - NEIGHBOURHOOD, 0), first + band + NEIGHBOURHOOD)
+        cut = (short[:, :, seen], reference[:, :, seen], long[:, :, seen], mask_long[:, :, seen])
+        found = _weigh_band(*cut, ratios, noise)
+        kept = slice(first - seen.start, first - seen.start + band)
+        for whole, part in zip((*weights, mask), found, strict=True):
+            whole[:, :, first : first + band] = part[:, :, kept]
+    short_weight, reference_weight, long_weight = weights
+    return (short_weight, reference_weight, long_weight), mask
+
+
+def _weigh_band(
+    short: Tensor, reference: Tensor, long: Tensor, mask_long: Tensor, ratios: Sequence[float], noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reference_ldr = reference[:, 3:6]
     triangle = triangle_weights(reference_ldr)
     expected = noise.index_select(0, _level(reference_ldr).flatten()).view_as(reference_ldr)
     if not expected.max() > NOISELESS:
-        return triangle, mask_long
+        return *triangle, mask_long
     expected = _box_mean(expected)
     share = _smoothstep(_largest(expected), NOISELESS, NOISY)
     difference, readable = _differences(long, reference, ratios)
-    unlike = _largest(_box_mean(difference) / (expected + 1e-4))
+    unlike = _largest(_box_mean(difference).div_(expected + 1e-4))
     agrees = _smoothstep(unlike, DIFFERS, AGREES) * readable
     inverse = [
-        ((CLIPPED - exposure[:, 3:6]) * (ratio**NOISE_EXPONENT / (CLIPPED - FADING))).clamp(0, ratio**NOISE_EXPONENT)
+        (CLIPPED - exposure[:, 3:6]).mul_(ratio**NOISE_EXPONENT / (CLIPPED - FADING)).clamp_(0, ratio**NOISE_EXPONENT)
         for exposure, ratio in zip((short, reference, long), ratios, strict=True)
     ]
-    inverse[0] = inverse[0].clamp(min=LEAST_SHORT)
-    inverse[1] = inverse[1] + LEAST_WEIGHT
+    inverse[0].clamp_(min=LEAST_SHORT)
+    inverse[1].add_(LEAST_WEIGHT)
     for number in (0, 2):
         # The masks mean something only where the triangle function gives that exposure weight.
-        inverse[number] = inverse[number] * (triangle[number] / FULL_WEIGHT).clamp(max=1)
-    part = share / (inverse[0] + inverse[1] + inverse[2])
+        inverse[number].mul_((triangle[number] / FULL_WEIGHT).clamp_(max=1))
+    part = share / (inverse[0] + inverse[1]).add_(inverse[2])
+    rest = 1 - share
     short_weight, reference_weight, long_weight = (
-        torch.addcmul(plain * (1 - share), weight, part) for plain, weight in zip(triangle, inverse, strict=True)
+        (plain * rest).addcmul_(weight, part) for plain, weight in zip(triangle, inverse, strict=True)
     )
-    return (short_weight, reference_weight, long_weight), torch.maximum(mask_long, agrees * share)
+    return short_weight, reference_weight, long_weight, torch.maximum(mask_long, agrees * share)
 
 
 def trust_in_refining(reference_ldr: Tensor) -> Tensor:
@@ -106,16 +126,16 @@ def _differences(long: Tensor, reference: Tensor, ratios: Sequence[float]) -> tu
     """Absolute differences of the long exposure, exposed as the reference, from it, and where all can be read (N, 1, H, W)."""
     long_ldr, reference_ldr = long[:, 3:6], reference[:, 3:6]
     readable = (_largest(reference_ldr) < READABLE) & (_largest(long_ldr) < CLIPPED)
-    return (long_ldr * (ratios[1] / ratios[2]) ** (1 / GAMMA) - reference_ldr).abs(), readable
+    return (long_ldr * (ratios[1] / ratios[2]) ** (1 / GAMMA)).sub_(reference_ldr).abs_(), readable
 
 
 def _level(ldr: Tensor) -> Tensor:
-    return (ldr.clamp(0, 1).sqrt() * LEVELS).int().clamp(max=LEVELS - 1)
+    return ldr.clamp(0, 1).sqrt_().mul_(LEVELS).int().clamp_(max=LEVELS - 1)
 
 
 def _smoothstep(values: Tensor, low: float, high: float) -> Tensor:
-    x = ((values - low) / (high - low)).clamp(0, 1)
-    return x * x * (3 - 2 * x)
+    x = (values - low).div_(high - low).clamp_(0, 1)
+    return (3 - 2 * x).mul_(x).mul_(x)
 
 
 def _box_mean(values: Tensor) -> Tensor:
