@@ -11,7 +11,15 @@ from safnet_ops import reference
 from safnet_ops.autocast import is_autocast, promote, register_autocast
 from safnet_ops.autograd import Forward, Operation, differentiate, kernel
 from safnet_ops.backends import choose, define
-from safnet_ops.checks import check_shape, check_tensor, empty_gradient, empty_image, is_channels_last, unify_geometry
+from safnet_ops.checks import (
+    check_shape,
+    check_tensor,
+    empty_gradient,
+    empty_image,
+    in_layout,
+    is_channels_last,
+    unify_geometry,
+)
 from safnet_ops.operators import is_needed
 
 GEOMETRY = range(1, 2)  # the flow's place among the arguments
@@ -82,6 +90,7 @@ def backward_warp(
     warp = reference.backward_warp if backend == "reference" else kernel(backend, "backward_warp")
     same = flow.shape[2:] == image.shape[2:]
     out = warp(image, flow) if padding == "border" and same else _warp_extended(warp, image, flow, padding)
+    out = in_layout(out, image) if backend == "reference" else out
     return (out, _is_inside(image, flow)) if return_valid else out
 
 

@@ -61,6 +61,12 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.shape[1] > 1 and tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1]
 
 
+def in_layout(out: Tensor, model: Tensor) -> Tensor:
+    """What PyTorch computed, in the layout that kernels would have given it beside `model`."""
+    # Not contiguous(memory_format=...), for which vmap has no rule.
+    return out.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if is_channels_last(model) else out
+
+
 def empty_image(model: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised dense tensor, channels_last where `model` is so laid out, with `model`'s shape unless given."""
     layout = torch.channels_last if is_channels_last(model) else torch.contiguous_format

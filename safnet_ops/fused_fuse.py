@@ -15,6 +15,7 @@ from safnet_ops.checks import (
     check_tensor,
     empty_gradient,
     empty_image,
+    in_layout,
     unify_geometry,
 )
 from safnet_ops.operators import is_needed
@@ -87,7 +88,7 @@ def fused_fuse(
     backend = choose("fused_fuse", short.device, backend)
     inputs = (short, reference, long, *geometry, *base)
     if backend == "reference":
-        return _definition(*inputs, mask_logits)
+        return in_layout(_definition(*inputs, mask_logits), short)
     return kernel(backend, "fused_fuse")(*inputs, mask_logits)
 
 

@@ -17,6 +17,7 @@ from safnet_ops.checks import (
     check_tensor,
     empty_gradient,
     empty_image,
+    in_layout,
     is_channels_last,
 )
 from safnet_ops.operators import is_needed, needed_bits
@@ -95,7 +96,7 @@ def group_conv_shuffle(
         out = reference.group_conv_shuffle(
             input, weight, bias, prelu_weight, groups, stride=stride, dilation=dilation, **options
         )
-        return _in_layout(out, input)
+        return in_layout(out, input)
     operands = (input, weight, bias, prelu_weight, residual)
     out = kernel(chosen, "group_conv_shuffle")(*operands, groups, stride, dilation, False)[0]
     if activation == "relu":
@@ -103,12 +104,7 @@ def group_conv_shuffle(
     if shuffle or groups in (1, weight.shape[0]):
         return out
     ordered = reference.channel_shuffle(out, weight.shape[0] // groups)  # which undoes the shuffle of `groups`
-    return _in_layout(ordered, input)
-
-
-def _in_layout(out: Tensor, input: Tensor) -> Tensor:
-    """What PyTorch computed, in the layout that kernels would have given it."""
-    return out.contiguous(memory_format=torch.channels_last) if is_channels_last(input) else out
+    return in_layout(ordered, input)
 
 
 def _integer(name: str, number: Any) -> int:

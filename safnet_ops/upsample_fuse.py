@@ -9,7 +9,7 @@ from safnet_ops import reference as references
 from safnet_ops.autocast import is_autocast, promote, register_autocast
 from safnet_ops.autograd import Operation, Result, Rule, differentiate, kernel
 from safnet_ops.backends import choose, define
-from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, unify_geometry
+from safnet_ops.checks import check_same_kind, check_shape, check_tensor, empty_image, in_layout, unify_geometry
 from safnet_ops.fused_fuse import GEOMETRY, check_base_weights, fused_fuse
 
 
@@ -76,7 +76,8 @@ def upsample_fuse(
         return fused_fuse(short, reference, long, *full, weights=weights, backend=backend), *full
     inputs = (short, reference, long, *unify_geometry("upsample_fuse", short, low), reference_ldr)
     if backend == "reference":
-        return references.upsample_fuse(*inputs)
+        fused, flow_short, flow_long, mask_short, mask_long = references.upsample_fuse(*inputs)
+        return in_layout(fused, short), flow_short, flow_long, mask_short, mask_long
     return kernel(backend, "upsample_fuse")(*inputs)
 
 

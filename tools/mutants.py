@@ -163,6 +163,14 @@ MUTANTS = (
         "base_short * mask_long, base_long",
         "tests/safnet_ops/test_fused_fuse.py -k reference_equals_the_formula",
     ),
+    Mutant(
+        "triton-weight-strides",
+        "any strides: of a convolution's weights, too",
+        "safnet_ops/triton/group_conv_shuffle.py",
+        "parts = weight.reshape(",
+        "parts = weight.view(",
+        "tests/safnet_ops/triton/test_group_conv_shuffle.py -k any_strides",
+    ),
 )
 
 

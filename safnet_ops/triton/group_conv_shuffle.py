@@ -554,7 +554,7 @@ def _patches(height: int, width: int, block_p: int) -> int:
 
 def _pack(weight: Tensor, groups: int, tile_m: int, tile_k: int, transposed: bool) -> Tensor:
     """(9, groups, rows, depth), rows and depth filled up with zeros to whole tiles, so that no read needs a mask."""
-    parts = weight.view(groups, weight.shape[0] // groups, weight.shape[1], 9)
+    parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], 9)
     order = parts.permute(3, 0, 2, 1) if transposed else parts.permute(3, 0, 1, 2)
     rows, depth = order.shape[2:]
     packed = weight.new_zeros(9, groups, triton.cdiv(rows, tile_m) * tile_m, triton.cdiv(depth, tile_k) * tile_k)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import safnet_ops
+from operator_inputs import positional_inputs
 from safnet_ops import backends, info
 from safnet_ops.operators import OPERATORS
 
@@ -74,3 +75,14 @@ def test_instruction_sets_agree(name):
     environment = {**os.environ, "SAFNET_OPS_ISA": name}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == [name, "True"], done.stderr
+
+
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "census_loss"])
+def test_the_reference_keeps_the_layout_as_kernels_do(operator):
+    image, *others = positional_inputs(operator, (4, 5))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        inputs = [image.contiguous(memory_format=layout), *others]
+        for name in ("reference", "cpp"):
+            found = getattr(safnet_ops, operator)(*inputs, backend=name)
+            out = found if isinstance(found, torch.Tensor) else found[0]
+            assert out.is_contiguous(memory_format=layout)

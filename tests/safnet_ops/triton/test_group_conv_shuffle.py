@@ -62,6 +62,12 @@ def test_layouts_and_odd_sizes(layout, size):
     check([layout(input), weight, bias, prelu, layout(residual)])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_any_strides(layout):
+    input, weight, *others = make((5, 7))
+    check([input, layout(weight), *others])
+
+
 @pytest.mark.parametrize(("stride", "dilation"), [(2, 1), (1, 2), (2, 3), (3, 1)])
 def test_stride_and_dilation(stride, dilation):
     check(make((7, 10), stride=stride), stride=stride, dilation=dilation)
