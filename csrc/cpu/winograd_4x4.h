@@ -165,20 +165,36 @@ struct SixRows {
   int64_t x, width, next;
 };
 
+// Lane i of the result is lane from[i] of a vector, zero where it has none.
+SAFNET_INLINE Vector<float> moved(const Vector<float>& values, const Vector<int32_t>& from) {
+#if defined(__clang__)
+  Vector<float> result;
+  for (int lane = 0; lane < kLanes<float>; ++lane)
+    result[lane] = from[lane] >= 0 && from[lane] < kLanes<float> ? values[from[lane]] : 0.0f;
+  return result;
+#else
+  constexpr int L = kLanes<float>;
+  const Vector<float> zeros{};
+  return __builtin_shuffle(values, zeros, (from >= 0) & (from < L) ? from : Vector<int32_t>{} + L);
+#endif
+}
+
 // Vectors of the rows at column x, where some of them, or some columns, lie outside of the picture: zeros there.
-__attribute__((noinline)) void load_edge(const SixRows& rows, int64_t x, float (&out)[6][kLanes<float>]) {
+SAFNET_INLINE void load_edge(const SixRows& rows, int64_t x, Vector<float> (&values)[6]) {
   constexpr int64_t L = kLanes<float>;
-  float frame[6][3 * L] = {};  // a whole vector between zeros, read again from where column x is
   const int64_t inside = smaller(larger(x, 0), larger(rows.width - L, 0));
-  const float* const from = frame[0] + L + smaller(larger(x - inside, -L), L);
+  const int32_t shift = static_cast<int32_t>(smaller(larger(x - inside, -L), L));
+  Vector<int32_t> from;
+  for (int lane = 0; lane < L; ++lane) from[lane] = lane + shift;
   for (int s = 0; s < 6; ++s) {
+    values[s] = Vector<float>{};
     if (rows.start[s] == nullptr) continue;
     const float* const row = rows.start[s] + inside;
-    if (rows.width >= L) store_vector(vector_at(row), frame[s] + L);
+    if (rows.width >= L) values[s] = vector_at(row);
     else
-      for (int64_t lane = 0; lane < rows.width; ++lane) frame[s][L + lane] = row[lane];
+      for (int64_t lane = 0; lane < rows.width; ++lane) values[s][lane] = row[lane];
+    if (shift != 0) values[s] = moved(values[s], from);
   }
-  for (int s = 0; s < 6; ++s) store_vector(vector_at(from + s * 3 * L), out[s]);
 }
 
 // out[place] = B' d B of the positions of four rows; `lines`: room for six rows.
@@ -198,9 +214,7 @@ __attribute__((noinline)) void transform_rows(const WinogradTile4x4& tile, const
       for (int s = 2; s < 6; ++s) __builtin_prefetch(rows.start[s] + rows.next + x);
       for (int s = 0; s < 6; ++s) values[s] = vector_at(rows.start[s] + x);
     } else {
-      float edge[6][L];
-      load_edge(rows, x, edge);
-      for (int s = 0; s < 6; ++s) values[s] = vector_at(edge[s]);
+      load_edge(rows, x, values);
     }
     transform_six(values, transformed);
     for (int s = 0; s < 6; ++s) store_vector(transformed[s], lines + s * width + column);
