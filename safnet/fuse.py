@@ -29,7 +29,8 @@ from safnet.radiance import (
 )
 from safnet.series import Three, best_exposed, merge_, threes
 
-TILE = 448  # pixels a side on a CPU: larger ones waste less on margins, smaller ones stay in memory that is used again
+TILE = 576  # root of the pixels on a CPU: larger ones waste less on margins, smaller ones stay in memory that is used again
+TILE_ASPECT = 16 / 9  # memory is read along rows, and convolutions take wide pieces of them
 GPU_TILE = 2048  # elsewhere, where every tile costs launches
 NO_SURPRISE = 0.05  # stops between given and measured exposures that do not change an alignment
 SAMPLES, SAMPLE = 4, 160  # places along each side where noise is measured, and their pixels
@@ -110,7 +111,8 @@ def fuse_exposures(
         mask: (1, 1, H, W), in [0, 1], or uint8 in which 255 is 1: share of the reference alone, as it was exposed, in each
             pixel of the result.
         keep_fusion: keep the explicit fusion, flows and masks in the result, which take three times its memory.
-        tile: side of tiles in pixels; 0 for the whole frame, None for `default_tile`.
+        tile: root of the pixels of a tile, which is TILE_ASPECT times as wide and as low; 0 for the whole frame, None for
+            `default_tile`.
         precision: type of the convolutions. Radiance, flows, masks and warps stay float32.
         progress: called after each step.
 
@@ -187,7 +189,7 @@ def _fuse_three(
     progress("aligning", 1, 1)
     if tile is None:
         tile = default_tile(next(model.parameters()).device)
-    tiles = [(rows, columns) for rows in _spans(height, tile or height) for columns in _spans(width, tile or width)]
+    tiles = _tiles(height, width, tile)
     # Channels innermost, as pictures are written.
     radiance = torch.empty(1, 3, height, width).to(memory_format=torch.channels_last)
     fusion = _empty_fusion(height, width) if keep_fusion else None
@@ -455,8 +457,14 @@ def _source_of(
     return (parts[0], parts[1]), torch.nn.functional.pad(moved, (0, missing[1], 0, missing[0]))
 
 
-def _spans(length: int, tile: int) -> Iterator[slice]:
-    """Cut a side into spans of nearly equal length, at most `tile` each."""
-    count = -(-length // tile)
+def _tiles(height: int, width: int, tile: int) -> list[tuple[slice, slice]]:
+    """Cut a frame: see `fuse_exposures`."""
+    high, wide = (max(1, round(tile / TILE_ASPECT)), round(tile * TILE_ASPECT)) if tile else (height, width)
+    return [(rows, columns) for rows in _spans(height, high) for columns in _spans(width, wide)]
+
+
+def _spans(length: int, most: int) -> Iterator[slice]:
+    """Cut a side into spans of nearly equal length, at most `most` each."""
+    count = -(-length // most)
     for number in range(count):
         yield slice(number * length // count, (number + 1) * length // count)

@@ -52,7 +52,7 @@ def needed_memory(
         frames: their number.
         frame_bytes: of a number in the frames as they are read.
         variant: of the model.
-        tile: side of the tiles in pixels, 0 for the whole frame.
+        tile: root of the tiles' pixels, 0 for the whole frame.
         inspect: with the pictures of all steps.
         mask: pixels and channels of a mask's file, if there is one.
         suffix: of the result's file.

@@ -30,5 +30,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing r
 Precision = Annotated[choices.Precision, typer.Option(help="Arithmetic of the convolutions.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
 Tile = Annotated[
-    int | None, typer.Option(min=0, help="Tile side in pixels, 0 for none.", show_default="448 on a CPU, else 2048")
+    int | None,
+    typer.Option(
+        min=0, help="Size of tiles, the root of their pixels; 0 for none.", show_default="576 on a CPU, else 2048"
+    ),
 ]

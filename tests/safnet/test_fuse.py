@@ -73,7 +73,7 @@ def test_frame_on_the_default_tiles_is_whole_when_small(model, frames):
 def test_progress_counts_tiles(model, frames):
     steps = []
     fuse_exposures(model, frames, EVS, tile=50, progress=lambda *step: steps.append(step))
-    assert steps[2:] == [("refining", number, 4) for number in range(1, 5)]
+    assert steps[2:] == [("refining", number, 6) for number in range(1, 7)]
 
 
 def test_a_still_scene_keeps_its_brightness():

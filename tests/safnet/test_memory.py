@@ -15,6 +15,14 @@ from safnet.memory import GIB, RADIANCE_BYTES, RESULT_BYTES, WRITING_BYTES, need
 from tests.support.scenes import handheld
 
 HEIGHT, WIDTH = 1200, 1600
+# Of a process, in bytes. On Linux getrusage would also count what the process was forked from.
+PEAK = """
+import re, resource, sys
+def peak():
+    if sys.platform == "linux":
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +40,10 @@ def frames(tmp_path_factory):
 def fuse(frames, output, *options, before=""):
     """Run the command in a process of its own: its exit code, what it wrote to stderr, and its peak in bytes."""
     code = (
-        f"import resource, sys; {before}\n"
+        f"{PEAK}{before}\n"
         "from safnet.cli import app\n"
         "code = app(sys.argv[1:], standalone_mode=False)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+        "print(peak())\n"
         "sys.exit(code)"
     )
     arguments = ["fuse", *frames, "--ev", "-2", "0", "2", "-o", str(output), "--trust", *options]
@@ -102,8 +110,9 @@ def test_writing_counts_where_it_takes_more_than_fusing():
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_writers_need_no_more_than_is_said(tmp_path, name):
     """Of what is held beside the radiance while it is written, in a process that has only that."""
-    code = """
-import resource, sys
+    code = (
+        PEAK
+        + """
 from pathlib import Path
 import imagecodecs, numpy as np, torch
 import safnet.dng, safnet.pipeline
@@ -116,8 +125,9 @@ write = write_avif if path.suffix == ".avif" else write_radiance
 write(path, light[:64, :64].copy(), exposure=1.0)  # once, for what libraries set up
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 write(path, light, exposure=1.0)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 6e6)
+print((peak() - before) / 6e6)
 """
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, check=True
     )
