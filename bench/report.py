@@ -48,6 +48,8 @@ Both on `examples/bracket`, resized; the full model with random weights, which d
 with those of the reference operators in float32: *PSNR* of the tone-mapped pictures, and the largest difference in linear
 radiance from 0 to 1. *peak* is resident memory beyond inputs and weights. bfloat16 is autocast. torch.compile runs with
 `torch._inductor.config.freezing`, OpenVINO the graph that torch.export gives; their time to compile is not counted.
+Of two runs one after the other the second counts. *in one Workspace*: results lie in memory that `safnet_ops.Workspace` keeps,
+as OpenVINO keeps its own.
 """
 NO_BFLOAT16 = """\
 This processor has no bfloat16 arithmetic. The libraries emulate it, which takes many times longer, so only the C++ operators

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <memory>
+
 #include "library.h"
 #include "workspace.h"
 
@@ -24,6 +26,14 @@ pybind11::dict build_info() {
   return info;
 }
 
+struct Owner {
+  std::shared_ptr<safnet::Workspace> workspace = std::make_shared<safnet::Workspace>();
+
+  Owner() = default;
+  Owner(const Owner&) = delete;
+  ~Owner() { workspace->end(); }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -35,9 +45,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_64bit_offsets", [](bool on) { safnet::force_64bit_offsets(on); }, pybind11::arg("on"),
       "For tests: use 64-bit offsets even where 32 bits would do.");
-  pybind11::class_<safnet::Workspace, std::shared_ptr<safnet::Workspace>>(m, "Workspace",
-                                                                          "Memory that results hand on to each other.")
-      .def("close", &safnet::Workspace::close, "From now on, free what is given back.")
-      .def("bytes", &safnet::Workspace::bytes, "Of results that live, and of those that are gone.");
-  m.def("open_workspace", &safnet::open_workspace, "One for this thread until it is closed; None where one is open.");
+  pybind11::class_<Owner>(m, "Workspace", "Memory that results hand on to each other, while this owner lives.")
+      .def(pybind11::init<>())
+      .def("enter", [](const Owner& owner) { safnet::enter(owner.workspace); })
+      .def("bytes", [](const Owner& owner) { return owner.workspace->bytes(); });
+  m.def("leave_workspace", &safnet::leave);
 }

@@ -5,7 +5,9 @@
 #endif
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
+#include <utility>
 
 namespace safnet {
 namespace {
@@ -24,6 +26,7 @@ void* allocate(size_t bytes) {
 }
 
 thread_local std::shared_ptr<Workspace> current;
+thread_local int64_t blocks = 0;
 
 }  // namespace
 
@@ -54,18 +57,13 @@ void Workspace::give_back(const Part& part) {
   const auto larger = [](size_t bytes, const Part& unused) { return bytes < unused.bytes; };
   unused_.insert(std::upper_bound(unused_.begin(), unused_.end(), part.bytes, larger), part);
   unused_bytes_ += part.bytes;
-  if (!open_) free_unused(0);
+  if (ended_) free_unused(0);
 }
 
-void Workspace::close() {
+void Workspace::end() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  open_ = false;
+  ended_ = true;
   free_unused(0);
-}
-
-bool Workspace::is_open() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return open_;
 }
 
 size_t Workspace::bytes() {
@@ -83,14 +81,14 @@ void Workspace::free_unused(size_t most_bytes) {
   unused_.erase(unused_.begin(), kept);
 }
 
-std::shared_ptr<Workspace> current_workspace() {
-  if (current != nullptr && !current->is_open()) current.reset();
-  return current;
+void enter(std::shared_ptr<Workspace> workspace) {
+  if (blocks++ == 0) current = std::move(workspace);
 }
 
-std::shared_ptr<Workspace> open_workspace() {
-  if (current_workspace() != nullptr) return nullptr;
-  return current = std::make_shared<Workspace>();
+void leave() {
+  if (blocks > 0 && --blocks == 0) current.reset();
 }
+
+std::shared_ptr<Workspace> current_workspace() { return current; }
 
 }  // namespace safnet

@@ -10,11 +10,11 @@
 
 namespace safnet {
 
-// Shared by the block that opened it and the results that lie in its memory, which may outlive the block. It never
-// holds more than results have needed at one time.
+// Shared by its owner and the results that lie in its memory, which may outlive the owner. It never holds more than
+// results have needed at one time.
 class SAFNET_EXPORT Workspace {
  public:
-  ~Workspace() { close(); }
+  ~Workspace() { end(); }
 
   struct Part {
     void* memory;
@@ -25,9 +25,8 @@ class SAFNET_EXPORT Workspace {
   Part take(size_t bytes);
   void give_back(const Part& part);
 
-  // From now on what is given back is freed.
-  void close();
-  bool is_open();
+  // Its owner is gone: from now on what is given back is freed.
+  void end();
 
   // Of results that live, and of those that are gone.
   size_t bytes();
@@ -36,15 +35,16 @@ class SAFNET_EXPORT Workspace {
   void free_unused(size_t most_bytes);
 
   std::mutex mutex_;
-  bool open_ = true;
+  bool ended_ = false;
   size_t used_ = 0, most_used_ = 0, unused_bytes_ = 0;
   std::vector<Part> unused_;  // from the smallest to the largest
 };
 
-// Opens one for the calling thread, until it is closed. Null where one is open already.
-SAFNET_EXPORT std::shared_ptr<Workspace> open_workspace();
+// From `enter` to `leave` results of the calling thread lie in a workspace: that of the outermost of such blocks.
+SAFNET_EXPORT void enter(std::shared_ptr<Workspace> workspace);
+SAFNET_EXPORT void leave();
 
-// That of the calling thread. Null where none is open.
+// That of the calling thread's block. Null outside of blocks.
 std::shared_ptr<Workspace> current_workspace();
 
 }  // namespace safnet

@@ -274,7 +274,7 @@ class SAFNet(nn.Module):
         self, short: Tensor, reference: Tensor, long: Tensor, scale_factor: float = 0.5, refine: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Returns (fused, refined): the explicit fusion Hm and the refined result Hr; with refine=False both are Hm."""
-        with safnet_ops.workspace():
+        with safnet_ops.Workspace():
             fusion = self.fuse(short, reference, long, self.estimate(short, reference, long, scale_factor))
             return fusion.fused, self.refine(short, reference, long, fusion) if refine else fusion.fused
 

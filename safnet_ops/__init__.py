@@ -12,9 +12,10 @@ from safnet_ops.fused_fuse import fused_fuse
 from safnet_ops.group_conv_shuffle import group_conv_shuffle
 from safnet_ops.upsample_fuse import upsample_fuse
 from safnet_ops.version import __version__
-from safnet_ops.workspace import workspace
+from safnet_ops.workspace import Workspace
 
 __all__ = [
+    "Workspace",
     "__version__",
     "backward_warp",
     "census_loss",
@@ -26,7 +27,6 @@ __all__ = [
     "reference",
     "upsample_fuse",
     "use_backend",
-    "workspace",
 ]
 
 backends.load()

@@ -2,13 +2,17 @@
 
 import gc
 import importlib
+import re
 import resource
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import safnet_ops
+from safnet.model import SAFNet
 from safnet_ops import backends, group_conv_shuffle
 
 pytestmark = pytest.mark.skipif(not backends.serves("group_conv_shuffle", "cpp"), reason="no C++ kernels")
@@ -33,7 +37,7 @@ def places(count):
 
 
 def test_results_take_the_memory_of_those_that_are_gone():
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         assert len(set(places(6))) == 2
 
 
@@ -42,7 +46,7 @@ def test_results_take_the_memory_of_those_that_are_gone():
 def test_values_and_layouts_are_the_same(dtype, memory_format):
     picture = PICTURE.to(dtype).contiguous(memory_format=memory_format)
     expected = convolve(convolve(picture))
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         for _ in range(3):
             result = convolve(convolve(picture))
     assert torch.equal(result, expected)
@@ -50,18 +54,18 @@ def test_values_and_layouts_are_the_same(dtype, memory_format):
 
 
 def test_a_result_outlives_its_block():
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         kept = convolve(PICTURE)
         places(3)
     places(3)
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         places(3)
     gc.collect()
     assert torch.equal(kept, convolve(PICTURE))
 
 
 def test_memory_that_is_in_use_is_nobody_elses():
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         results = [convolve(PICTURE) for _ in range(4)]
         views = [result[:, :, 1:] for result in results]
         del results
@@ -80,15 +84,15 @@ def test_gradients_are_the_same():
         return weight.grad
 
     expected = gradients()
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         for _ in range(2):
             assert torch.equal(gradients(), expected)
 
 
 def test_the_outermost_block_counts():
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         first = set(places(4))
-        with safnet_ops.workspace():
+        with safnet_ops.Workspace():
             assert set(places(4)) <= first
         assert set(places(4)) <= first
 
@@ -97,7 +101,7 @@ def test_threads_have_their_own():
     found = {}
 
     def work(name):
-        with safnet_ops.workspace():
+        with safnet_ops.Workspace():
             for _ in range(5):
                 found[name] = convolve(convolve(PICTURE))
 
@@ -112,7 +116,7 @@ def test_threads_have_their_own():
 
 
 def test_a_result_may_end_in_another_thread():
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         kept = [convolve(PICTURE)]
         place = kept[0].data_ptr()
         thread = threading.Thread(target=kept.clear)
@@ -122,9 +126,9 @@ def test_a_result_may_end_in_another_thread():
 
 
 def test_an_error_ends_the_block():
-    with pytest.raises(ValueError, match="mine"), safnet_ops.workspace():
+    with pytest.raises(ValueError, match="mine"), safnet_ops.Workspace():
         raise ValueError("mine")
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         assert len(set(places(6))) == 2
 
 
@@ -144,17 +148,15 @@ def test_it_saves_page_faults():
 
     work()
     alone = page_faults(work)
-    with safnet_ops.workspace():
+    with safnet_ops.Workspace():
         work()
         assert page_faults(work) < 0.1 * alone
 
 
 @pytest.fixture
 def workspace():
-    """One of this thread, with its accounts."""
-    opened = importlib.import_module("safnet_ops._C").open_workspace()
-    yield opened
-    opened.close()
+    with safnet_ops.Workspace() as opened:
+        yield opened
 
 
 def result_of(megabytes):
@@ -163,15 +165,15 @@ def result_of(megabytes):
 
 def test_it_holds_no_more_than_results_needed_at_one_time(workspace):
     results = [result_of(2) for _ in range(4)]
-    needed = workspace.bytes()
+    needed = workspace.bytes
     assert 8 << 20 <= needed < 9 << 20
     del results
     for megabytes in (5, 1, 8, 3, 6, 2, 7):
         result_of(megabytes)
-        assert megabytes << 20 <= workspace.bytes() <= needed
+        assert megabytes << 20 <= workspace.bytes <= needed
     results = [result_of(8) for _ in range(2)]
     assert len(results) == 2
-    assert 16 << 20 <= workspace.bytes() < 17 << 20
+    assert 16 << 20 <= workspace.bytes < 17 << 20
 
 
 def test_a_small_result_does_not_take_much_memory(workspace):
@@ -179,11 +181,43 @@ def test_a_small_result_does_not_take_much_memory(workspace):
     assert result_of(3).data_ptr() != first
 
 
-def test_nothing_is_held_after_its_end(workspace):
-    kept = result_of(4)
-    result_of(2)
-    workspace.close()
-    assert 4 << 20 <= workspace.bytes() < 5 << 20
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_nothing_is_held_after_its_end():
+    """But by results that live on, which keep what is theirs."""
+    memory = importlib.import_module("safnet_ops._C").Workspace()
+    before = in_use()
+    memory.enter()
+    kept = result_of(64)
+    result_of(80)
+    importlib.import_module("safnet_ops._C").leave_workspace()
+    assert in_use() - before > 140 << 20
+    del memory
+    assert 60 << 20 < in_use() - before < 70 << 20
     assert kept.sum() == 0
     del kept
-    assert workspace.bytes() == 0
+    assert in_use() - before < 4 << 20
+
+
+def in_use():
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def test_one_that_lives_on_keeps_its_memory():
+    memory = safnet_ops.Workspace()
+    with memory:
+        place = result_of(4).data_ptr()
+    outside = result_of(4)
+    with memory:
+        assert result_of(4).data_ptr() == place
+    assert memory.bytes == 4 << 20
+    assert outside.data_ptr() != place
+
+
+def test_the_model_takes_memory_that_is_there():
+    model = SAFNet("small").eval()
+    exposures = [torch.rand(1, 6, 96, 128) for _ in range(3)]
+    with torch.no_grad(), safnet_ops.Workspace() as memory:
+        expected = model(*exposures)
+        assert memory.bytes > 1 << 20
+    with torch.no_grad():
+        assert all(torch.equal(*pair) for pair in zip(model(*exposures), expected, strict=True))
