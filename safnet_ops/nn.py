@@ -22,14 +22,15 @@ __all__ = ["BackwardWarp", "CensusLoss", "GroupConvShuffle", "conv_prelu_shuffle
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether to call `module` is to call a `kind` of torch.nn and nothing else.
 
-    It is not where its class is another (subclasses, parametrizations, adapters), where hooks are registered (pruning and the
-    older weight_norm and spectral_norm are hooks), or where its `forward` was replaced or compiled.
+    It is not where its class is another (subclasses, parametrizations, adapters), where hooks are registered for it or for all
+    modules (pruning and the older weight_norm and spectral_norm are hooks), or where its `forward` was replaced or compiled.
     """
     return (
         type(module) is kind
         and not (
             module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
         )
+        and not torch_module._has_any_global_hook()
         and module._compiled_call_impl is None
         and "forward" not in module.__dict__
     )
@@ -67,7 +68,6 @@ def conv_prelu_shuffle(
         len(activation) <= 1
         and _is_plain_convolution(conv, groups)
         and all(is_plain(module, nn.PReLU) for module in activation)
-        and not torch_module._has_any_global_hook()
     ):
         plain, slopes = cast(nn.Conv2d, conv), cast(Tensor, activation[0].weight) if activation else None
         stride, dilation = plain.stride[0], plain.dilation[0]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import safnet
 import safnet_ops
-from safnet.model import Alignment, FullRefine, Fusion, SAFNet, SmallRefine, network_size
+from safnet.model import Alignment, FullRefine, Fusion, SAFNet, SmallRefine, network_size, upsample_twice
 from safnet.radiance import exposure_input, exposure_ratios, linearize, tone_map
 
 
@@ -218,3 +218,29 @@ def test_linear_values_are_in_the_short_exposures_units():
 
 def test_package_exports_what_the_readme_uses():
     assert {"SAFNet", "load_model", "save_model"} <= set(safnet.__all__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_upsampling_is_the_transposed_convolution(dtype):
+    torch.manual_seed(0)
+    conv = torch.nn.ConvTranspose2d(24, 6, 4, 2, 1).to(dtype)
+    x = torch.randn(2, 24, 13, 18, dtype=dtype, requires_grad=True)
+    expected, found = conv(x), upsample_twice(x, conv)
+    assert found.shape == (2, 6, 26, 36)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+    grad = torch.randn_like(expected)
+    inputs = (x, conv.weight, conv.bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10)
+
+
+def test_upsampling_by_other_modules_is_theirs():
+    x = torch.randn(1, 24, 8, 8)
+    for conv in (torch.nn.ConvTranspose2d(24, 6, 4, 2, 1, groups=2), torch.nn.ConvTranspose2d(24, 6, 2, 2)):
+        assert torch.equal(upsample_twice(x, conv), conv(x))
+    conv, calls = torch.nn.ConvTranspose2d(24, 6, 4, 2, 1), []
+    conv.register_forward_hook(lambda *_: calls.append(1))
+    upsample_twice(x, conv)
+    assert calls
