@@ -153,13 +153,11 @@ def table(variant: str, layers: dict[Key, Layer], peaks: Peaks) -> str:
             f"| {module} | {operator} | {shape} | {layer.calls} | {1e3 * fastest[key]:.2f} | {fastest[key] / total:.1%} "
             f"| {speed} | {1e3 * bound:.2f} | {bound / fastest[key]:.0%} |\n"
         )
-    small = [key for key in layers if fastest[key] < LEAST_SHARE * total]
-    seconds, bound = (
-        sum(values) for values in ([fastest[key] for key in small], [layers[key].bound(peaks) for key in small])
-    )
-    calls = sum(layers[key].calls for key in small)
-    text += f"| | {len(small)} others | | {calls} | {1e3 * seconds:.2f} | {seconds / total:.1%} "
-    text += f"| | {1e3 * bound:.2f} | {bound / seconds:.0%} |\n"
+    if small := [key for key in layers if fastest[key] < LEAST_SHARE * total]:
+        seconds, bound = sum(fastest[key] for key in small), sum(layers[key].bound(peaks) for key in small)
+        calls = sum(layers[key].calls for key in small)
+        text += f"| | {len(small)} others | | {calls} | {1e3 * seconds:.2f} | {seconds / total:.1%} "
+        text += f"| | {1e3 * bound:.2f} | {bound / seconds:.0%} |\n"
     bound = sum(layer.bound(peaks) for layer in layers.values())
     return text + f"| | all | | | {1e3 * total:.2f} | | | {1e3 * bound:.2f} | {bound / total:.0%} |\n"
 
