@@ -34,8 +34,9 @@ HEAD = """\
 {date}, {facts}.
 
 Both models on pictures of {width}x{height}, float32, all operators of one forward as the dispatcher calls them, the fastest of
-{rounds} runs. *GFLOP/s* counts convolutions by definition, two a multiply-add. *bound* is the time that the machine would need
-at least: for moving what is read and written at {copy:.1f} GB/s (a copy), or for the multiplications at {peak:.0f} GFLOP/s (a
+{rounds} runs. *GFLOP/s* counts convolutions by definition, two a multiply-add. *bound* is modelled: the time that the
+machine would need at least, for moving what is
+read and written at {copy:.1f} GB/s (a copy), or for the multiplications at {peak:.0f} GFLOP/s (a
 product of matrices), a quarter of those by definition for 3x3 convolutions of stride 1, which
 [F(4x4, 3x3)](../operators/group_conv_shuffle.md) leaves; its transforms are not counted. *of bound* is that over the time that
 was taken. Other programs took {load} of the processors meanwhile. Made by `python -m bench.layers`.

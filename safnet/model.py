@@ -93,6 +93,7 @@ def upsample_twice(x: Tensor, conv: nn.Module) -> Tensor:
 
     Of each 2x2 results every one has 2x2 of the weights. So it is a 3x3 convolution to four times the channels, of whose
     weights five in nine are zero, and still several times as fast as the library's on devices where our convolution is fast.
+    An input that is not finite spoils results beside those that read it, too: zero weights make NaN of it.
     """
     x = x.to(computing_dtype(conv, x))
     if x.device.type not in BEATS_LIBRARY or torch.compiler.is_compiling() or not _is_plain_upsampling(conv):

@@ -12,8 +12,8 @@ from safnet_ops import backends
 class Workspace:
     """Memory for what the C++ kernels compute in a block: that of results that are no longer used.
 
-    Results of a megabyte and more otherwise lie in fresh memory, which the system clears page by page as it is first written: a
-    seventh of the time of SAFNet's forward. There every call has a workspace of its own. One that lives longer saves more:
+    Results of a megabyte and more otherwise lie in fresh memory, which the system clears page by page as it is first written. A
+    call of SAFNet has a workspace of its own. One that lives longer saves more (`python -m bench.report --only models`):
 
         memory = safnet_ops.Workspace()
         for exposures in pictures:

@@ -20,6 +20,7 @@ from safnet.images import ImageError, is_result, read_header
 from safnet.pipeline import FusionWarning
 from tests.support.frames import save_frame
 from tests.support.models import plain_model
+from tests.support.scenes import smooth_radiance
 
 HEIGHT, WIDTH, EXPOSURE = 90, 130, 8.0
 METADATA = (
@@ -35,13 +36,7 @@ METADATA = (
 
 def smooth_light():
     """Colours of BT.2020 from 12 stops below diffuse white to 3 above it."""
-    random = np.random.default_rng(4)
-    coarse = random.uniform(-12, 3, (5, 6, 1)) + random.uniform(-0.7, 0, (5, 6, 3))
-    channels = [
-        Image.fromarray(channel.astype(np.float32)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        for channel in coarse.transpose(2, 0, 1)
-    ]
-    return (2.0 ** np.stack(channels, 2) / EXPOSURE).astype(np.float32)
+    return smooth_radiance(HEIGHT, WIDTH, (-12, 3), (-0.7, 0)) / np.float32(EXPOSURE)
 
 
 def candelas(codes):

@@ -1,8 +1,10 @@
 """Weights of aligned exposures: less noise where they agree, and nothing taken where they do not."""
 
+import pytest
 import torch
 
 import safnet_ops
+from safnet import merge
 from safnet.merge import measure_noise, trust_in_refining, weigh_by_noise
 from safnet.radiance import exposure_input
 
@@ -32,6 +34,20 @@ def dark_scene():
     ramp = torch.linspace(0.002, 0.01, 120).expand(1, 3, 100, 120)
     undecided = torch.full((1, 1, 100, 120), 0.4)
     return ramp, undecided
+
+
+@pytest.mark.parametrize("band", [7, 64])
+def test_bands_leave_no_seam(monkeypatch, band):
+    radiance, undecided = dark_scene()
+    exposures = shoot(radiance)
+    noise = measure_noise(exposures[2], exposures[1], RATIOS)
+    monkeypatch.setattr(merge, "BAND", 1000)
+    whole_weights, whole_mask = weigh_by_noise(*exposures, undecided, RATIOS, noise)
+    monkeypatch.setattr(merge, "BAND", band)
+    weights, mask = weigh_by_noise(*exposures, undecided, RATIOS, noise)
+    assert mask.gt(undecided).any(), "where nothing depends on noise no band would show"
+    for part, whole in zip((*weights, mask), (*whole_weights, whole_mask), strict=True):
+        torch.testing.assert_close(part, whole, rtol=0, atol=1e-6)
 
 
 def test_darks_are_no_noisier_than_the_long_exposure():

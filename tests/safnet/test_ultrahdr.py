@@ -14,6 +14,7 @@ from safnet.pictures import display_curve
 from safnet.radiance import ldr_values
 from safnet.ultrahdr import write_ultra_hdr
 from tests.support.frames import save_tagged
+from tests.support.scenes import smooth_radiance
 
 HEIGHT, WIDTH, EXPOSURE = 120, 160, 4.0
 
@@ -21,13 +22,7 @@ HEIGHT, WIDTH, EXPOSURE = 120, 160, 4.0
 @pytest.fixture
 def light():
     """Smooth colours from 6 stops below the reference's clipping point to 2 above it."""
-    random = np.random.default_rng(4)
-    coarse = random.uniform(-6, 2, (5, 6, 1)) + random.uniform(-0.7, 0.7, (5, 6, 3))
-    channels = [
-        Image.fromarray(channel.astype(np.float32)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        for channel in coarse.transpose(2, 0, 1)
-    ]
-    return (2.0 ** np.stack(channels, 2) / EXPOSURE).astype(np.float32)
+    return smooth_radiance(HEIGHT, WIDTH, (-6, 2), (-0.7, 0.7)) / np.float32(EXPOSURE)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import OpenImageIO as oiio
 import torch
+from PIL import Image
 
 from safnet.data.scenes import Scene
 
@@ -23,6 +24,17 @@ def make_radiance(seed=0, shift=0, height=HEIGHT, width=WIDTH):
         fx, fy = random.uniform(-0.45, 0.45, 2)
         log += random.normal(0, 0.35, 3) * np.sin(fx * x + fy * y + random.uniform(0, 6.3))[..., None]
     return np.clip(0.12 * np.exp(log), 0.002, 1).astype(np.float32)
+
+
+def smooth_radiance(height, width, stops, colours):
+    """Smooth radiance (height, width, 3) whose stops lie in one range, and those of its colours beside them in another."""
+    random = np.random.default_rng(4)
+    coarse = random.uniform(*stops, (5, 6, 1)) + random.uniform(*colours, (5, 6, 3))
+    channels = [
+        Image.fromarray(channel.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+        for channel in coarse.transpose(2, 0, 1)
+    ]
+    return (2.0 ** np.stack(channels, 2)).astype(np.float32)
 
 
 def expose(radiance, ratio, levels=65535, gamma=2.2):
