@@ -13,7 +13,12 @@ namespace {
 using safnet::InstructionSet;
 
 const char* name(InstructionSet set) {
-  return set == InstructionSet::kAvx512 ? "avx512" : set == InstructionSet::kAvx2 ? "avx2" : "baseline";
+  switch (set) {
+    case InstructionSet::kAmx: return "amx";
+    case InstructionSet::kAvx512: return "avx512";
+    case InstructionSet::kAvx2: return "avx2";
+    default: return "baseline";
+  }
 }
 
 pybind11::dict build_info() {

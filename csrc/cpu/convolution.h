@@ -160,6 +160,21 @@ SAFNET_INLINE int64_t spread_channels(int64_t count) {
   return (round_up(count, line) / line | 1) * line;
 }
 
+// The input rows that a tile reads, minus in_stride times its first row, and for every row of the tile which of them a
+// tap reads. Returns their number.
+inline int64_t find_slots(const TapGrid& grid, int64_t* slot_row, int64_t (*slot_of)[kMostTaps]) {
+  int64_t slots = 0;
+  for (int64_t j = 0; j < grid.tile_rows; ++j)
+    for (int t = 0; t < grid.taps; ++t) {
+      const int64_t input_row = j * grid.row_step * grid.in_stride + grid.tap[t].dy;
+      int64_t slot = 0;
+      while (slot < slots && slot_row[slot] != input_row) ++slot;
+      if (slot == slots) slot_row[slots++] = input_row;
+      slot_of[j][t] = slot;
+    }
+  return slots;
+}
+
 template <class R>
 TileLayout lay_out(const TapGrid& grid) {
   TileLayout tile;
@@ -178,16 +193,12 @@ TileLayout lay_out(const TapGrid& grid) {
   for (int64_t phase = 0; phase < tile.phases; ++phase)
     tile.first_column[phase] = remainder_of_phase[phase] + smallest * grid.in_stride;
   tile.row_pitch = round_up(grid.tile_columns, kLanes<R>) + largest - smallest;
-  tile.slots = 0;
+  int64_t slot_of[kMostTileRows][kMostTaps];
+  tile.slots = find_slots(grid, tile.slot_row, slot_of);
   for (int64_t j = 0; j < grid.tile_rows; ++j)
-    for (int t = 0; t < grid.taps; ++t) {
-      const int64_t input_row = j * grid.row_step * grid.in_stride + grid.tap[t].dy;
-      int64_t slot = 0;
-      while (slot < tile.slots && tile.slot_row[slot] != input_row) ++slot;
-      if (slot == tile.slots) tile.slot_row[tile.slots++] = input_row;
+    for (int t = 0; t < grid.taps; ++t)
       tile.offset[j][t] =
-          static_cast<int32_t>((slot * tile.phases + phase_of_tap[t]) * tile.row_pitch + shift[t] - smallest);
-    }
+          static_cast<int32_t>((slot_of[j][t] * tile.phases + phase_of_tap[t]) * tile.row_pitch + shift[t] - smallest);
   tile.channel_pitch = spread_channels<R>(tile.slots * tile.phases * tile.row_pitch);
   return tile;
 }
@@ -247,6 +258,8 @@ struct Sums {
 template <class R>
 class ByDefinition {
  public:
+  using Weight = R;
+
   ByDefinition(const TapGrid& grid, int64_t channels_in, int64_t channels_out)
       : grid_(grid),
         tile_(lay_out<R>(grid)),
@@ -256,6 +269,7 @@ class ByDefinition {
 
   int64_t rows() const { return grid_.tile_rows; }
   int64_t columns() const { return round_up(grid_.tile_columns, kLanes<R>); }
+  int64_t weights_a_group() const { return channels_out_ * channels_in_ * grid_.taps; }
 
   // `weights`: [block of output channels][input channel][tap][in block]. Returns that the results stand.
   bool convolve(const View& input, const Place& place, int64_t first, const R* weights, const R* bias,

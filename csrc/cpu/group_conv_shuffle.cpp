@@ -7,12 +7,17 @@
 
 #include "cpu/convolution.h"
 #include "cpu/kernel.h"
+#include "cpu/matrix_unit.h"
 #include "cpu/weight_gradient.h"
 #include "cpu/winograd.h"
 #include "cpu/winograd_4x4.h"
 #include "math/gradients.h"
 
 namespace safnet {
+
+// How sums are made: by definition, by Winograd's F(2x2, 3x3) or F(4x4, 3x3), or by definition with the processor's
+// matrix unit.
+enum class Method { kDefinition, kWinograd2x2, kWinograd4x4, kMatrixUnit };
 
 struct ConvolutionArguments {
   TapGrid grid;
@@ -23,9 +28,9 @@ struct ConvolutionArguments {
   void* packed;    // weights in the order in which the loop reads them
   int64_t groups;  // of channels_in input and channels_out output channels each
   int64_t channels_in, channels_out;
-  bool transposed;                   // exchange the weight's two channel dimensions
-  bool shuffled;                     // write output channels in shuffled order
-  int square;                        // side of the outputs made at once by Winograd's method; 1: by definition
+  bool transposed;  // exchange the weight's two channel dimensions
+  bool shuffled;    // write output channels in shuffled order
+  Method method;
   int64_t out_stride, out_y, out_x;  // grid position (y, x) is written to out_stride * (y, x) + (out_y, out_x)
 };
 
@@ -110,12 +115,35 @@ void pack_plain_weights(const ConvolutionArguments& a, int64_t begin, int64_t en
     }
 }
 
+// For the matrix unit, as UnitProduct has them: [group][block of outputs][tap][step of 32 channels][pair of
+// channels][output][in pair]; zeros for channels and outputs that there are not, from the last ones' packing.
+void pack_unit_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  const int64_t taps = a.grid.taps, steps = round_up(a.channels_in, kUnitChannels) / kUnitChannels;
+  const int64_t group = unit_weights(taps, a.channels_in, a.channels_out);
+  if (end == a.channels_in) end = steps * kUnitChannels;
+  for (int64_t g = 0; g < a.groups; ++g)
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t o = 0; o < round_up(a.channels_out, kUnitOutputs); ++o) {
+        const bool real = c < a.channels_in && o < a.channels_out;
+        const int64_t from = real ? weights_between(a, g, o, c) : 0;
+        BFloat16* to = static_cast<BFloat16*>(a.packed) + g * group + o % kUnitOutputs * 2 + c % 2;
+        to += ((o / kUnitOutputs * taps * steps + c / kUnitChannels) * kUnitChannels + c % kUnitChannels / 2 * 2) *
+              kUnitOutputs;
+        for (int64_t t = 0; t < taps; ++t, to += steps * kUnitChannels * kUnitOutputs)
+          *to = real ? static_cast<const BFloat16*>(a.weight.data)[from + weight_offset(a, a.grid.tap[t].weight)]
+                     : BFloat16{0};
+      }
+}
+
 // Packs the weights of input channels [begin, end) of every group in the order in which the method reads them.
 template <class R>
 void pack_weights(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  if (a.square == 4) pack_winograd_weights<kPlaces4x4, R>(a, begin, end);
-  else if (a.square == 2) pack_winograd_weights<kPlaces, R>(a, begin, end);
-  else pack_plain_weights<R>(a, begin, end, static_cast<R*>(a.packed));
+  switch (a.method) {
+    case Method::kMatrixUnit: return pack_unit_weights(a, begin, end);
+    case Method::kWinograd4x4: return pack_winograd_weights<kPlaces4x4, R>(a, begin, end);
+    case Method::kWinograd2x2: return pack_winograd_weights<kPlaces, R>(a, begin, end);
+    case Method::kDefinition: return pack_plain_weights<R>(a, begin, end, static_cast<R*>(a.packed));
+  }
 }
 
 // Memory of one thread for the sums of one tile, and for what is stored from them.
@@ -192,79 +220,128 @@ class Remedy {
   Made* made_ = nullptr;
 };
 
-// Whether a method may finish and write results as it makes them: rows of float32, and no sums are to be kept.
-bool has_plain_rows(const View& view) {
-  return view.data == nullptr || (view.type == Type::kFloat32 && view.stride[3] == 1 && !channels_inside(view));
+// Whether a method may finish and write results as it makes them: no sums are to be kept, and tensors are rows of the
+// type T.
+template <class T>
+constexpr Type kTypeOf = sizeof(T) == sizeof(float) ? Type::kFloat32 : Type::kBFloat16;
+template <class T>
+bool has_rows(const View& view) {
+  return view.data == nullptr || (view.type == kTypeOf<T> && view.stride[3] == 1 && !channels_inside(view));
 }
-bool can_finish(const ConvolutionArguments& a) {
-  return a.preactivation.data == nullptr && a.out_stride == 1 && has_plain_rows(a.out) && has_plain_rows(a.residual);
-}
+bool can_finish(const ConvolutionArguments& a) { return a.preactivation.data == nullptr && a.out_stride == 1; }
 
 // The rows of a tile's outputs of one group in a tensor of the output's shape.
-Rows rows_of(const ConvolutionArguments& a, const View& view, const Place& place, int64_t group, bool shuffled) {
+template <class T>
+Rows<T> rows_of(const ConvolutionArguments& a, const View& view, const Place& place, int64_t group, bool shuffled) {
   if (view.data == nullptr) return {};
   const int64_t first = shuffled ? group : group * a.channels_out, step = shuffled ? a.groups : 1;
-  float* const start = row<float>(view, place.n, first, place.y + a.out_y) + place.x + a.out_x;
+  T* const start = row<T>(view, place.n, first, place.y + a.out_y) + place.x + a.out_x;
   return {start, step * view.stride[1], a.grid.row_step * view.stride[2]};
 }
 
-template <class R, class Method>
-bool convolve_and_finish(const Method&, const ConvolutionArguments&, const Place&, int64_t, const R*, const R*,
-                         const R*) {
-  return false;  // only what follows does
-}
-bool convolve_and_finish(const ByWinograd4x4& method, const ConvolutionArguments& a, const Place& place, int64_t group,
-                         const float* weights, const float* bias, const float* slopes) {
-  const FinishSums finish{rows_of(a, a.out, place, group, a.shuffled), rows_of(a, a.residual, place, group, false),
-                          a.slope == nullptr ? nullptr : slopes, place.rows, place.columns};
-  return method.convolve(a.input, place, group * a.channels_in, weights, bias, finish);
+template <class T>
+FinishRows<T> finish_rows(const ConvolutionArguments& a, const Place& place, int64_t group, const float* slopes) {
+  return {rows_of<T>(a, a.out, place, group, a.shuffled), rows_of<T>(a, a.residual, place, group, false),
+          a.slope == nullptr ? nullptr : slopes, place.rows, place.columns};
 }
 
-template <class R, class Method>
-void convolve_by(const ConvolutionArguments& a, int64_t weights_a_pair, int64_t begin, int64_t end) {
-  const Method method(a.grid, a.channels_in, a.channels_out);
+template <class Way>
+bool convolve_and_finish(const Way&, const ConvolutionArguments&, const Place&, int64_t, const typename Way::Weight*,
+                         const void*, const void*) {
+  return false;  // only what follows does
+}
+
+bool convolve_and_finish(const ByWinograd4x4& method, const ConvolutionArguments& a, const Place& place, int64_t group,
+                         const float* weights, const float* bias, const float* slopes) {
+  if (!has_rows<float>(a.out) || !has_rows<float>(a.residual)) return false;
+  return method.convolve(a.input, place, group * a.channels_in, weights, bias,
+                         finish_rows<float>(a, place, group, slopes));
+}
+
+#if defined(SAFNET_HAS_UNIT)
+bool has_pixels(const View& view) {
+  return view.data == nullptr || (view.type == Type::kBFloat16 && channels_inside(view));
+}
+
+Pixels pixels_of(const ConvolutionArguments& a, const View& view, const Place& place) {
+  if (view.data == nullptr) return {};
+  BFloat16* const start = row<BFloat16>(view, place.n, 0, place.y + a.out_y) + (place.x + a.out_x) * view.stride[3];
+  return {start, a.grid.row_step * view.stride[2], view.stride[3]};
+}
+
+bool convolve_and_finish(const ByMatrixUnit& method, const ConvolutionArguments& a, const Place& place, int64_t group,
+                         const BFloat16* weights, const float* bias, const float* slopes) {
+  const int64_t first = group * a.channels_in;
+  if (has_rows<BFloat16>(a.out) && has_rows<BFloat16>(a.residual))
+    return method.convolve(a.input, place, first, weights, bias, finish_rows<BFloat16>(a, place, group, slopes));
+  if (a.groups > 1 || !has_pixels(a.out) || !has_pixels(a.residual)) return false;
+  const FinishPixels finish{pixels_of(a, a.out, place),
+                            pixels_of(a, a.residual, place),
+                            a.slope == nullptr ? nullptr : slopes,
+                            place.rows,
+                            place.columns,
+                            a.channels_out};
+  return method.convolve(a.input, place, first, weights, bias, finish);
+}
+#endif
+
+template <class R, class Way>
+void convolve_by(const ConvolutionArguments& a, int64_t begin, int64_t end) {
+  const Way way(a.grid, a.channels_in, a.channels_out);
   const int64_t all_channels = a.groups * a.channels_out;
   // Channels inside: the groups of a pixel are written together, or every line of memory would be written once a group.
   const bool together = channels_inside(a.out);
   const int64_t held = together ? all_channels : a.channels_out;
-  const int64_t pitch = method.columns();
-  const Scratch<R> sums(held * method.rows() * pitch), extra(held * pitch), bias(all_channels), slopes(all_channels);
+  const int64_t pitch = way.columns();
+  const int64_t vectors = all_channels + kLanes<R>;  // room to read whole ones
+  const Scratch<R> sums(held * way.rows() * pitch), extra(held * pitch), bias(vectors), slopes(vectors);
   const Scratch<const R*> rows(2 * held);
   for (int64_t c = 0; c < all_channels; ++c)
     bias[c] = a.bias == nullptr ? R(0) : element<R>(a.bias, c * a.bias_stride, a.out.type);
   for (int64_t c = 0; c < all_channels && a.slope != nullptr; ++c)
     slopes[c] = element<R>(a.slope, c * a.slope_stride, a.out.type);
   const bool finishes = can_finish(a);
-  Workspace<R> work{{sums.data(), method.rows() * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
+  Workspace<R> work{{sums.data(), way.rows() * pitch, pitch}, extra.data(), rows.data(), rows.data() + held};
   Remedy<R> remedy(a);
   for (int64_t index = begin; index < end; ++index) {
     const Place place = place_of(a.grid, index);
     if (place.rows <= 0) continue;
+    bool finished = false;
     for (int64_t g = 0; g < a.groups; ++g) {
-      const R* const weights = static_cast<const R*>(a.packed) + g * a.channels_out * a.channels_in * weights_a_pair;
+      const auto* const weights = static_cast<const typename Way::Weight*>(a.packed) + g * way.weights_a_group();
       const R* const addends = bias.data() + g * a.channels_out;
-      if (finishes && convolve_and_finish(method, a, place, g, weights, addends, slopes.data() + g * a.channels_out))
-        continue;
+      finished =
+          finishes && convolve_and_finish(way, a, place, g, weights, addends, slopes.data() + g * a.channels_out);
+      if (finished) continue;
       Sums<R> part = work.sums;
       if (together) part.data += g * a.channels_out * part.channel;
-      if (!method.convolve(a.input, place, g * a.channels_in, weights, addends, part))
+      if (!way.convolve(a.input, place, g * a.channels_in, weights, addends, part))
         remedy.convolve(place, g, addends, part);
       if (!together) finish_tile(a, place, work, g * a.channels_out, a.channels_out);
     }
-    if (together) finish_tile(a, place, work, 0, all_channels);
+    if (together && !finished) finish_tile(a, place, work, 0, all_channels);
   }
 }
 
-void convolve_by_4x4(const ConvolutionArguments& a, float, int64_t begin, int64_t end) {
-  convolve_by<float, ByWinograd4x4>(a, kPlaces4x4, begin, end);
+void convolve(const ConvolutionArguments& a, float, int64_t begin, int64_t end) {
+  switch (a.method) {
+#if defined(SAFNET_HAS_UNIT)
+    case Method::kMatrixUnit: return convolve_by<float, ByMatrixUnit>(a, begin, end);
+#endif
+    case Method::kWinograd4x4: return convolve_by<float, ByWinograd4x4>(a, begin, end);
+    case Method::kWinograd2x2: return convolve_by<float, ByWinograd<float>>(a, begin, end);
+    default: return convolve_by<float, ByDefinition<float>>(a, begin, end);
+  }
 }
-void convolve_by_4x4(const ConvolutionArguments&, double, int64_t, int64_t) {}  // not for double
+
+void convolve(const ConvolutionArguments& a, double, int64_t begin, int64_t end) {
+  if (a.method == Method::kWinograd2x2) convolve_by<double, ByWinograd<double>>(a, begin, end);
+  else convolve_by<double, ByDefinition<double>>(a, begin, end);
+}
 
 template <class R>
 void convolve(const ConvolutionArguments& a, int64_t begin, int64_t end) {
-  if (a.square == 4) convolve_by_4x4(a, R(), begin, end);
-  else if (a.square == 2) convolve_by<R, ByWinograd<R>>(a, kPlaces, begin, end);
-  else convolve_by<R, ByDefinition<R>>(a, a.grid.taps, begin, end);
+  convolve(a, R(), begin, end);
 }
 
 // Sum of a run of numbers: vectors first, so that the order is fixed.
@@ -425,6 +502,17 @@ void cut_into_winograd_4x4_tiles(TapGrid& grid, int64_t channels_in, int64_t cha
   grid = best;
 }
 
+// For the matrix unit: the packed input stays in the second-level cache beside the weights, and rows of a tile are long
+// enough for what reads and writes them.
+void cut_into_unit_tiles(TapGrid& grid, int64_t pictures, int64_t channels_in) {
+  constexpr int64_t kWidest = 128, kBytes = 640 << 10;
+  grid.column_tiles = divide_up(grid.width, kWidest);
+  grid.tile_columns = divide_up(divide_up(grid.width, grid.column_tiles), kUnitPixels) * kUnitPixels;
+  const int64_t row = 2 * divide_up(channels_in, kUnitChannels) * kUnitChannels * grid.tile_columns * grid.in_stride;
+  grid.tile_rows = std::max<int64_t>(1, kBytes / row - 2) / grid.in_stride;
+  cut_rows(grid, pictures, 1);
+}
+
 // Adds a tap unless it reads outside the picture wherever the output lies.
 void add_tap(TapGrid& grid, int64_t in_height, int64_t in_width, Tap tap) {
   const auto reaches = [&](int64_t distance, int64_t outputs, int64_t inputs) {
@@ -459,36 +547,52 @@ bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in,
 constexpr int64_t kLeastFor2x2 = 64, kLeastFor4x4 = 256, kLeastOfFew = 4096;  // outputs
 constexpr int64_t kManyChannels = 4, kFewChannels = 1;
 
-// Side of the squares of outputs that are made at once. Double is for those who want its precision: F(4x4, 3x3) loses
-// some of it.
-int square_of(const ConvolutionArguments& a) {
+// Double is for those who want its precision: F(4x4, 3x3) loses some of it.
+Method method_of(const ConvolutionArguments& a) {
+  if (a.input.type == Type::kBFloat16 && instruction_set() == InstructionSet::kAmx) return Method::kMatrixUnit;
   const auto serves = [&](int64_t least, int64_t fewest) {
     return a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out, least, fewest);
   };
   if (a.input.type != Type::kFloat64 && (serves(kLeastFor4x4, kManyChannels) || serves(kLeastOfFew, kFewChannels)))
-    return 4;
-  return serves(kLeastFor2x2, kManyChannels) ? 2 : 1;
+    return Method::kWinograd4x4;
+  return serves(kLeastFor2x2, kManyChannels) ? Method::kWinograd2x2 : Method::kDefinition;
 }
 
-// Runs a convolution whose arguments are complete but for the tiles and the packed weights.
-void run(ConvolutionArguments& a) {
+// Bytes of the packed weights.
+int64_t weight_bytes(const ConvolutionArguments& a) {
+  if (a.method == Method::kMatrixUnit) return 2 * a.groups * unit_weights(a.grid.taps, a.channels_in, a.channels_out);
+  const int64_t a_pair = a.method == Method::kWinograd4x4   ? kPlaces4x4
+                         : a.method == Method::kWinograd2x2 ? kPlaces
+                                                            : a.grid.taps;
+  return (a.input.type == Type::kFloat64 ? 8 : 4) * a.groups * a.channels_out * a.channels_in * a_pair;
+}
+
+void cut_into_tiles(ConvolutionArguments& a) {
   const bool together = a.out.stride[1] == 1 && a.out.size[1] > 1;
-  a.square = square_of(a);
-  if (a.square == 4) cut_into_winograd_4x4_tiles(a.grid, a.channels_in, a.channels_out);
-  else if (a.square == 2)
-    cut_into_winograd_tiles(a.grid, a.input.size[0], a.channels_in + a.channels_out, a.input.type);
-  else
-    cut_into_tiles(a.grid, a.input.size[0], a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
-                   a.input.type, kConvolvedBytes);
-  const int64_t weights_a_pair = a.square == 1 ? a.grid.taps : (a.square + 2) * (a.square + 2);
-  const int64_t weights = a.groups * a.channels_out * a.channels_in * weights_a_pair;
-  const Tensor packed = empty({weights}, a.input.type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const int64_t pictures = a.input.size[0];
+  switch (a.method) {
+    case Method::kMatrixUnit: return cut_into_unit_tiles(a.grid, pictures, a.channels_in);
+    case Method::kWinograd4x4: return cut_into_winograd_4x4_tiles(a.grid, a.channels_in, a.channels_out);
+    case Method::kWinograd2x2:
+      return cut_into_winograd_tiles(a.grid, pictures, a.channels_in + a.channels_out, a.input.type);
+    case Method::kDefinition:
+      return cut_into_tiles(a.grid, pictures, a.channels_in, together ? a.groups * a.channels_out : a.channels_out,
+                            a.input.type, kConvolvedBytes);
+  }
+}
+
+// Runs a convolution whose arguments are complete but for the method, the tiles and the packed weights.
+void run(ConvolutionArguments& a) {
+  a.method = method_of(a);
+  cut_into_tiles(a);
+  const int64_t bytes = weight_bytes(a);
+  const Tensor packed = empty({divide_up(bytes, 8)}, ScalarType::Double);
   a.packed = packed.data_ptr();
   const auto split = [&](auto* kernel, int64_t count, int64_t grain) {
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   };
   split(SAFNET_KERNEL(conv_pack_weights), a.channels_in,
-        std::max<int64_t>(1, kPixelsPerTask * a.channels_in / (weights + 1)));
+        std::max<int64_t>(1, 4 * kPixelsPerTask * a.channels_in / (bytes + 1)));
   split(SAFNET_KERNEL(conv_tiles), tile_count(a.grid, a.input.size[0]), 1);
 }
 

@@ -43,7 +43,7 @@ SAFNET_INLINE T* row(const View& view, int64_t n, int64_t c, int64_t y) {
   namespace avx2 { void name(__VA_ARGS__); }     \
   namespace avx512 { void name(__VA_ARGS__); }
 #define SAFNET_KERNEL(name)                                                                   \
-  (::safnet::instruction_set() == ::safnet::InstructionSet::kAvx512 ? &::safnet::avx512::name \
+  (::safnet::instruction_set() >= ::safnet::InstructionSet::kAvx512 ? &::safnet::avx512::name \
    : ::safnet::instruction_set() == ::safnet::InstructionSet::kAvx2 ? &::safnet::avx2::name   \
                                                                     : &::safnet::baseline::name)
 #else

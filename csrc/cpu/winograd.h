@@ -242,6 +242,8 @@ SAFNET_INLINE auto with_dilation(int64_t dilation, const Act& act) {
 template <class R>
 class ByWinograd {
  public:
+  using Weight = R;
+
   ByWinograd(const TapGrid& grid, int64_t channels_in, int64_t channels_out)
       : tile_(lay_out_winograd<R>(grid)),
         channels_in_(channels_in),
@@ -257,6 +259,7 @@ class ByWinograd {
 
   int64_t rows() const { return 2 * tile_.row_pairs; }
   int64_t columns() const { return tile_.columns; }
+  int64_t weights_a_group() const { return channels_out_ * channels_in_ * kPlaces; }
 
   // `weights`: [place][block of output channels][input channel][in block]. Returns whether the results stand: not where
   // one is not finite.

@@ -12,6 +12,7 @@
 
 #include <utility>
 
+#include "cpu/finish.h"
 #include "cpu/winograd.h"
 
 namespace safnet {
@@ -231,69 +232,6 @@ __attribute__((noinline)) void transform_rows(const WinogradTile4x4& tile, const
     }
 }
 
-// Keeps sums as they are made, for what makes results of them: [channel][row][column].
-struct KeepSums {
-  Sums<float> sums;
-
-  SAFNET_INLINE void operator()(int64_t c, int64_t row, int64_t column, const Vector<float> (&values)[4]) const {
-    float* const to = sums.data + c * sums.channel + row * sums.row + column;
-    for (int v = 0; v < 4; ++v) store_vector(values[v], to + v * kLanes<float>);
-  }
-};
-
-// Rows of float32 in a tensor: of a tile's first channel, row and column, and the distances of others.
-struct Rows {
-  float* data;
-  int64_t channel, row;
-
-  SAFNET_INLINE float* at(int64_t c, int64_t j, int64_t x) const { return data + c * channel + j * row + x; }
-};
-
-// Copies the first `count` of a vector's numbers, by halves.
-SAFNET_INLINE void copy_part(const float* from, int64_t count, float* to) {
-  for (int64_t half = kLanes<float> / 2; half > 0; half /= 2) {
-    if ((count & half) == 0) continue;
-    __builtin_memcpy(to, from, static_cast<size_t>(half) * sizeof(float));
-    from += half, to += half;
-  }
-}
-
-// Makes results of sums while these are in registers: adds the residual, applies the activation and writes what lies in
-// the picture. Where a tensor is absent it has no data.
-struct FinishSums {
-  Rows out, residual;
-  const float* slopes;
-  int64_t rows, columns;
-
-  SAFNET_INLINE void operator()(int64_t c, int64_t row, int64_t column, const Vector<float> (&values)[4]) const {
-    constexpr int64_t L = kLanes<float>;
-    if (row >= rows) return;
-    const int64_t inside = smaller(columns - column, 4 * L);
-    float* const to = out.at(c, row, column);
-    const float* const added = residual.data == nullptr ? nullptr : residual.at(c, row, column);
-    const float slope = slopes == nullptr ? 1 : slopes[c];
-    for (int v = 0; v < 4; ++v) {
-      const int64_t left = inside - v * L;
-      if (left >= L) {
-        Vector<float> sum = values[v];
-        if (added != nullptr) sum += vector_at(added + v * L);
-        store_vector(activate(sum, slope), to + v * L);
-        __builtin_prefetch(to + v * L + out.channel, 1);
-      } else if (left > 0) {
-        float part[L] = {};
-        if (added != nullptr) copy_part(added + v * L, left, part);
-        store_vector(activate(values[v] + vector_at(part), slope), part);
-        copy_part(part, left, to + v * L);
-      }
-    }
-  }
-
- private:
-  static SAFNET_INLINE Vector<float> activate(const Vector<float>& sum, float slope) {
-    return sum > 0 ? sum : sum * slope;
-  }
-};
-
 // Gives A' products A + bias of channels [first, first + channels) to `take`. Returns whether all of them are finite.
 template <int D, class Take>
 __attribute__((noinline)) bool transform_products(const WinogradTile4x4& tile, const float* products, int64_t place,
@@ -326,6 +264,8 @@ __attribute__((noinline)) bool transform_products(const WinogradTile4x4& tile, c
 // The convolution as a method of group_conv_shuffle.cpp, beside ByDefinition in convolution.h and ByWinograd.
 class ByWinograd4x4 {
  public:
+  using Weight = float;
+
   ByWinograd4x4(const TapGrid& grid, int64_t channels_in, int64_t channels_out)
       : tile_(lay_out_winograd_4x4(grid)),
         channels_in_(channels_in),
@@ -345,6 +285,7 @@ class ByWinograd4x4 {
 
   int64_t rows() const { return 4 * tile_.row_fours; }
   int64_t columns() const { return tile_.columns; }
+  int64_t weights_a_group() const { return channels_out_ * channels_in_ * kPlaces4x4; }
 
   // `weights`: [place][block of output channels][input channel][in block]. Returns whether the results stand: not where
   // one is not finite.
