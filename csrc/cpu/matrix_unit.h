@@ -15,6 +15,7 @@
 namespace safnet {
 
 constexpr int64_t kUnitChannels = 32, kUnitOutputs = 16, kUnitPixels = 16;
+constexpr int64_t kWeightsAtOnce = 480;  // taps times channels: 30 KB for 32 outputs
 
 // Numbers of a group's weights as they are packed.
 inline int64_t unit_weights(int64_t taps, int64_t channels_in, int64_t channels_out) {
@@ -55,15 +56,16 @@ class UnitRegisters {
   UnitRegisters& operator=(const UnitRegisters&) = delete;
 };
 
-// A block of outputs for pixels of one row.
+// A block of outputs for pixels of one row, of some taps.
 struct UnitProduct {
-  const char* in;         // packed input of the first pixel's first tap
+  const char* in;         // packed input of the first pixel
   const int32_t* offset;  // of each tap, in bytes
   int taps;
   int64_t steps;            // of 32 channels
   int64_t pixel;            // bytes from a pixel to the next
   const BFloat16* weights;  // [block of outputs][tap][step][pair of channels][output][in pair]
   int64_t weights_block;
+  bool first;   // begin the sums, rather than add to them
   float* sums;  // [pixel][output]
   int64_t sums_pitch;
 };
@@ -72,10 +74,19 @@ struct UnitProduct {
 template <int M, int N>
 SAFNET_BY_UNIT void multiply_by_unit(const UnitProduct& p) {
   constexpr int64_t line = kUnitChannels * kUnitOutputs;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  const int64_t pitch = p.sums_pitch * static_cast<int64_t>(sizeof(float));
+  float* const below = p.sums + kUnitPixels * p.sums_pitch;
+  if (p.first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, p.sums, pitch);
+    if constexpr (N == 2) _tile_loadd(1, p.sums + kUnitOutputs, pitch);
+    if constexpr (M == 2) _tile_loadd(2, below, pitch);
+    if constexpr (M == 2 && N == 2) _tile_loadd(3, below + kUnitOutputs, pitch);
+  }
   const BFloat16* weights = p.weights;
   for (int t = 0; t < p.taps; ++t) {
     const char* in = p.in + p.offset[t];
@@ -92,13 +103,10 @@ SAFNET_BY_UNIT void multiply_by_unit(const UnitProduct& p) {
       }
     }
   }
-  const int64_t pitch = p.sums_pitch * static_cast<int64_t>(sizeof(float));
   _tile_stored(0, p.sums, pitch);
   if constexpr (N == 2) _tile_stored(1, p.sums + kUnitOutputs, pitch);
-  if constexpr (M == 2) {
-    _tile_stored(2, p.sums + kUnitPixels * p.sums_pitch, pitch);
-    if constexpr (N == 2) _tile_stored(3, p.sums + kUnitPixels * p.sums_pitch + kUnitOutputs, pitch);
-  }
+  if constexpr (M == 2) _tile_stored(2, below, pitch);
+  if constexpr (M == 2 && N == 2) _tile_stored(3, below + kUnitOutputs, pitch);
 }
 
 // Exchanges rows and columns of 16 x 16 numbers of 32 bits.
@@ -138,15 +146,23 @@ struct FinishPixels {
 };
 
 // Makes results of the sums of a block of pixels, [pixel][output]. `bias` and slopes are readable to whole vectors.
-SAFNET_INLINE void take_block(const FinishPixels& finish, const float* sums, int64_t pitch, const float* bias,
-                              int64_t row, int64_t column, int64_t pixels) {
-  const Vector<float> one = Vector<float>{} + 1.0f;
-  for (int64_t i = 0; i < smaller(pixels, finish.columns - column); ++i, sums += pitch) {
-    BFloat16* const to = finish.out.at(row, column + i);
-    const BFloat16* const added = finish.residual.data == nullptr ? nullptr : finish.residual.at(row, column + i);
-    for (int64_t o = 0; o < finish.channels; o += kUnitOutputs)
-      finish_vector(vector_at(sums + o) + vector_at(bias + o), added == nullptr ? nullptr : added + o,
-                    finish.slopes == nullptr ? one : vector_at(finish.slopes + o), finish.channels - o, to + o);
+__attribute__((noinline)) void take_pixels(const FinishPixels& finish, const float* sums, int64_t pitch,
+                                           const float* bias, int64_t row, int64_t column, int64_t pixels) {
+  pixels = smaller(pixels, finish.columns - column);
+  for (int64_t o = 0; o < finish.channels; o += kUnitOutputs) {
+    const int64_t count = smaller(kUnitOutputs, finish.channels - o);
+    const Vector<float> start = vector_at(bias + o);
+    const Vector<float> slope = finish.slopes == nullptr ? Vector<float>{} + 1.0f : vector_at(finish.slopes + o);
+    const float* from = sums + o;
+    BFloat16* to = finish.out.at(row, column) + o;
+    const auto finish_all = [&](int64_t outputs, const BFloat16* added, int64_t next) {
+      for (int64_t i = 0; i < pixels; ++i, from += pitch, to += finish.out.pixel, added += next)
+        finish_vector(vector_at(from) + start, next == 0 ? nullptr : added, slope, outputs, to);
+    };
+    const BFloat16* const residual = finish.residual.data == nullptr ? nullptr : finish.residual.at(row, column) + o;
+    if (count < kUnitOutputs) finish_all(count, residual, residual == nullptr ? 0 : finish.residual.pixel);
+    else if (residual == nullptr) finish_all(kUnitOutputs, nullptr, 0);
+    else finish_all(kUnitOutputs, residual, finish.residual.pixel);
   }
 }
 
@@ -221,8 +237,11 @@ __attribute__((noinline)) void pack_pixels(const View& input, const Span& span, 
   const BFloat16* const source = row<BFloat16>(input, span.n, first, span.y) + span.x * input.stride[3];
   const int64_t channel = input.stride[1], pixel = input.stride[3];
   if (channel == 1) {
-    for (int64_t i = 0; i < span.pixels; ++i)
-      __builtin_memcpy(out + i * pitch, source + i * pixel, static_cast<size_t>(channels) * sizeof(BFloat16));
+    for (int64_t c = 0; c < channels; c += kUnitChannels) {
+      const __mmask32 inside = ~__mmask32{0} >> (kUnitChannels - smaller(kUnitChannels, channels - c));
+      for (int64_t i = 0; i < span.pixels; ++i)
+        _mm512_store_si512(out + i * pitch + c, _mm512_maskz_loadu_epi16(inside, source + i * pixel + c));
+    }
   } else if (pixel == 1) {
     for (int64_t c = 0; c < channels; c += kUnitChannels) {
       const int64_t count = smaller(kUnitChannels, channels - c);
@@ -251,12 +270,13 @@ class ByMatrixUnit {
         channels_in_(channels_in),
         channels_out_(channels_out),
         pitch_(round_up(channels_out, kUnitOutputs)),
+        taps_at_once_(static_cast<int>(larger(1, kWeightsAtOnce / tile_.pitch))),
         packed_(tile_.slots * tile_.columns * tile_.pitch),
-        sums_(2 * kUnitPixels * pitch_) {
+        sums_(columns() * pitch_) {
     // Channels behind the last stay zero; of a block's second pixels, which may not be computed, whatever is read is
     // not used.
     for (int64_t i = 0; i < tile_.slots * tile_.columns * tile_.pitch; ++i) packed_[i] = BFloat16{0};
-    for (int64_t i = 0; i < 2 * kUnitPixels * pitch_; ++i) sums_[i] = 0;
+    for (int64_t i = 0; i < columns() * pitch_; ++i) sums_[i] = 0;
   }
 
   int64_t rows() const { return grid_.tile_rows; }
@@ -273,36 +293,42 @@ class ByMatrixUnit {
   bool convolve(const View& input, const Place& place, int64_t first, const BFloat16* weights, const float* bias,
                 const Take& take) const {
     pack(input, place, first);
-    UnitProduct p;
-    p.taps = grid_.taps;
-    p.steps = tile_.pitch / kUnitChannels;
-    p.pixel = grid_.in_stride * tile_.pitch * static_cast<int64_t>(sizeof(BFloat16));
-    p.weights_block = p.taps * p.steps * kUnitChannels * kUnitOutputs;
-    p.sums_pitch = pitch_;
     for (int64_t j = 0; j < place.rows; ++j) {
-      p.offset = tile_.offset[j];
-      for (int64_t x = 0; x < place.columns; x += 2 * kUnitPixels) {
-        p.in = reinterpret_cast<const char*>(packed_.data()) + x * p.pixel;
-        const bool both = x + kUnitPixels < place.columns;
-        for (int64_t o = 0; o < channels_out_; o += 2 * kUnitOutputs) {
-          p.weights = weights + o / kUnitOutputs * p.weights_block;
-          p.sums = sums_.data() + o;
-          if (o + kUnitOutputs < channels_out_) both ? multiply_by_unit<2, 2>(p) : multiply_by_unit<1, 2>(p);
-          else both ? multiply_by_unit<2, 1>(p) : multiply_by_unit<1, 1>(p);
-        }
-        give(take, bias, j, x);
-      }
+      for (int64_t o = 0; o < channels_out_; o += 2 * kUnitOutputs)
+        for (int t = 0; t < grid_.taps; t += taps_at_once_) multiply_row(place, j, o, t, weights);
+      for (int64_t x = 0; x < place.columns; x += 2 * kUnitPixels) give(take, sums_.data() + x * pitch_, bias, j, x);
     }
     return true;
   }
 
  private:
-  template <class Take>
-  void give(const Take& take, const float* bias, int64_t row, int64_t column) const {
-    take_channels(take, sums_.data(), pitch_, bias, row, column, channels_out_);
+  // Adds some taps, whose weights stay in the first-level cache, to a row of up to 32 outputs.
+  SAFNET_INLINE void multiply_row(const Place& place, int64_t j, int64_t o, int tap, const BFloat16* weights) const {
+    const int64_t steps = tile_.pitch / kUnitChannels, a_tap = steps * kUnitChannels * kUnitOutputs;
+    UnitProduct p;
+    p.offset = tile_.offset[j] + tap;
+    p.taps = tap + taps_at_once_ < grid_.taps ? taps_at_once_ : grid_.taps - tap;
+    p.steps = steps;
+    p.pixel = grid_.in_stride * tile_.pitch * static_cast<int64_t>(sizeof(BFloat16));
+    p.weights_block = grid_.taps * a_tap;
+    p.weights = weights + o / kUnitOutputs * p.weights_block + tap * a_tap;
+    p.first = tap == 0;
+    p.sums_pitch = pitch_;
+    const bool two = o + kUnitOutputs < channels_out_;
+    for (int64_t x = 0; x < place.columns; x += 2 * kUnitPixels) {
+      p.in = reinterpret_cast<const char*>(packed_.data()) + x * p.pixel;
+      p.sums = sums_.data() + x * pitch_ + o;
+      if (x + kUnitPixels < place.columns) two ? multiply_by_unit<2, 2>(p) : multiply_by_unit<2, 1>(p);
+      else two ? multiply_by_unit<1, 2>(p) : multiply_by_unit<1, 1>(p);
+    }
   }
-  void give(const FinishPixels& take, const float* bias, int64_t row, int64_t column) const {
-    take_block(take, sums_.data(), pitch_, bias, row, column, 2 * kUnitPixels);
+
+  template <class Take>
+  void give(const Take& take, const float* sums, const float* bias, int64_t row, int64_t column) const {
+    take_channels(take, sums, pitch_, bias, row, column, channels_out_);
+  }
+  void give(const FinishPixels& take, const float* sums, const float* bias, int64_t row, int64_t column) const {
+    take_pixels(take, sums, pitch_, bias, row, column, 2 * kUnitPixels);
   }
 
   // Packs the input of one tile, zeros where it leaves the picture.
@@ -328,6 +354,7 @@ class ByMatrixUnit {
   TapGrid grid_;
   UnitTile tile_;
   int64_t channels_in_, channels_out_, pitch_;
+  int taps_at_once_;
   UnitRegisters registers_;
   Scratch<BFloat16> packed_;
   Scratch<float> sums_;
