@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <cstdint>
 #include <memory>
+#include <utility>
 
 #include "library.h"
 #include "workspace.h"
@@ -39,6 +41,32 @@ struct Owner {
   ~Owner() { workspace->end(); }
 };
 
+// Memory of a workspace that somebody else's tensor lies in.
+class Memory {
+ public:
+  Memory(std::shared_ptr<safnet::Workspace> workspace, const safnet::Workspace::Part& part)
+      : workspace_(std::move(workspace)), part_(part) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { workspace_->give_back(part_); }
+
+  pybind11::buffer_info info() const {
+    return {static_cast<uint8_t*>(part_.memory), static_cast<pybind11::ssize_t>(part_.bytes)};
+  }
+
+ private:
+  std::shared_ptr<safnet::Workspace> workspace_;
+  safnet::Workspace::Part part_;
+};
+
+// Null where the calling thread has no workspace, or `bytes` are better taken elsewhere.
+std::unique_ptr<Memory> take_memory(size_t bytes) {
+  std::shared_ptr<safnet::Workspace> workspace = bytes < safnet::kFresh ? nullptr : safnet::current_workspace();
+  if (workspace == nullptr) return nullptr;
+  const safnet::Workspace::Part part = workspace->take(bytes);
+  if (part.memory == nullptr) return nullptr;
+  return std::make_unique<Memory>(std::move(workspace), part);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -55,4 +83,8 @@ PYBIND11_MODULE(_C, m) {
       .def("enter", [](const Owner& owner) { safnet::enter(owner.workspace); })
       .def("bytes", [](const Owner& owner) { return owner.workspace->bytes(); });
   m.def("leave_workspace", &safnet::leave);
+  pybind11::class_<Memory>(m, "Memory", pybind11::buffer_protocol(), "Memory of a workspace, as a buffer of bytes.")
+      .def_buffer(&Memory::info);
+  m.def("take_memory", &take_memory, pybind11::arg("bytes"),
+        "At least so many bytes of the thread's workspace; None where it has none, or they are few.");
 }

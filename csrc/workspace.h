@@ -45,6 +45,10 @@ SAFNET_EXPORT void enter(std::shared_ptr<Workspace> workspace);
 SAFNET_EXPORT void leave();
 
 // That of the calling thread's block. Null outside of blocks.
-std::shared_ptr<Workspace> current_workspace();
+SAFNET_EXPORT std::shared_ptr<Workspace> current_workspace();
+
+// Smaller memory torch's allocator keeps, and hands on by itself. Fresh memory comes from the system page by page as it
+// is first written, which takes as long as a quarter of a convolution.
+constexpr size_t kFresh = size_t{1} << 20;
 
 }  // namespace safnet

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import safnet_ops
 from safnet.choices import Variant
 from safnet_ops.autocast import is_autocast
+from safnet_ops.group_conv_shuffle import prefers_channels_last
 from safnet_ops.nn import GroupConvShuffle, conv_prelu_shuffle, is_plain
+from safnet_ops.workspace import concatenate
 
 LEVELS = 4
 FEATURES = 40  # channels of every encoder level
@@ -81,6 +83,9 @@ def convolve(
     """channel_shuffle(activation(conv(x) + residual), groups): in one pass where our operator may and is faster."""
     x = x.to(computing_dtype(conv, x))
     if groups > 1 or x.device.type in BEATS_LIBRARY:
+        if prefers_channels_last(x.dtype, x.device):
+            x = x.contiguous(memory_format=torch.channels_last)
+            residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
         return conv_prelu_shuffle(x, conv, *activation, groups=groups, residual=residual)
     x = conv(x) if residual is None else conv(x) + residual
     for module in activation:
@@ -130,7 +135,8 @@ class ConvPReLU(GroupConvShuffle):
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The channels of all parts, in the dtype that this layer computes in."""
         dtype = computing_dtype(self[0], parts[0])
-        return torch.cat([part.to(dtype) for part in parts], 1)
+        layout = torch.channels_last if prefers_channels_last(dtype, parts[0].device) else torch.contiguous_format
+        return concatenate(parts, dtype, layout)
 
 
 class Encoder(nn.Module):

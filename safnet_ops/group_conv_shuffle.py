@@ -1,5 +1,6 @@
 """group_conv_shuffle: grouped convolution + bias + residual + PReLU + channel shuffle, written once."""
 
+import importlib
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from safnet_ops import reference
 from safnet_ops.autocast import is_autocast, lower, register_autocast
 from safnet_ops.autograd import Forward, Operation, Result, Rule, differentiate, kernel, pull_back, return_gradients
-from safnet_ops.backends import choose, define, forced_backend
+from safnet_ops.backends import choose, define, forced_backend, serves
 from safnet_ops.checks import (
     check_same_kind,
     check_shape,
@@ -26,6 +27,17 @@ KERNEL_SIDES = (1, 3, 5)  # 3 by our kernels, the others by PyTorch's
 ACTIVATIONS = (None, "relu")
 # Up to so many input values, depthwise convolutions are faster by the library (float32 on a CPU; docs/operators has the times).
 LIBRARY_DEPTHWISE = 2**20
+
+
+def prefers_channels_last(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether channels_last pictures are convolved much faster: bfloat16 by a CPU's matrix unit (AMX), which takes them as they lie."""
+    return (
+        dtype == torch.bfloat16
+        and device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and serves("group_conv_shuffle", "cpp")
+        and importlib.import_module("safnet_ops._C").instruction_set() == "amx"
+    )
 
 
 def group_conv_shuffle(

@@ -52,10 +52,6 @@ inline bool is_channels_last(const Tensor& tensor) {
   return tensor.size(1) > 1 && tensor.stride(1) == 1 && tensor.stride(3) >= tensor.size(1);
 }
 
-// Smaller memory torch's allocator keeps, and hands on by itself. Fresh memory comes from the system page by page as it
-// is first written, which takes as long as a quarter of a convolution.
-constexpr size_t kFresh = size_t{1} << 20;
-
 // Memory of this size comes from the system anew every time: it is the largest that glibc's allocator keeps. Advice
 // only: nothing changes where huge pages are not offered.
 inline void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
