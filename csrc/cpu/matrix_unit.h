@@ -15,6 +15,7 @@
 namespace safnet {
 
 constexpr int64_t kUnitChannels = 32, kUnitOutputs = 16, kUnitPixels = 16;
+constexpr int64_t kWeightsAtOnce = 480;  // taps times channels: 30 KB for 32 outputs
 
 // Numbers of a group's weights as they are packed.
 inline int64_t unit_weights(int64_t taps, int64_t channels_in, int64_t channels_out) {
@@ -55,7 +56,7 @@ class UnitRegisters {
   UnitRegisters& operator=(const UnitRegisters&) = delete;
 };
 
-// A block of outputs for pixels of one row.
+// A block of outputs for pixels of one row, of some taps.
 struct UnitProduct {
   const char* in;         // packed input of the first pixel
   const int32_t* offset;  // of each tap, in bytes
@@ -64,6 +65,7 @@ struct UnitProduct {
   int64_t pixel;            // bytes from a pixel to the next
   const BFloat16* weights;  // [block of outputs][tap][step][pair of channels][output][in pair]
   int64_t weights_block;
+  bool first;   // begin the sums, rather than add to them
   float* sums;  // [pixel][output]
   int64_t sums_pitch;
 };
@@ -74,10 +76,17 @@ SAFNET_BY_UNIT void multiply_by_unit(const UnitProduct& p) {
   constexpr int64_t line = kUnitChannels * kUnitOutputs;
   const int64_t pitch = p.sums_pitch * static_cast<int64_t>(sizeof(float));
   float* const below = p.sums + kUnitPixels * p.sums_pitch;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (p.first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, p.sums, pitch);
+    if constexpr (N == 2) _tile_loadd(1, p.sums + kUnitOutputs, pitch);
+    if constexpr (M == 2) _tile_loadd(2, below, pitch);
+    if constexpr (M == 2 && N == 2) _tile_loadd(3, below + kUnitOutputs, pitch);
+  }
   const BFloat16* weights = p.weights;
   for (int t = 0; t < p.taps; ++t) {
     const char* in = p.in + p.offset[t];
@@ -194,10 +203,9 @@ inline UnitTile lay_out_for_unit(const TapGrid& grid, int64_t channels) {
   int64_t slot_of[kMostTileRows][kMostTaps];
   tile.slots = find_slots(grid, tile.slot_row, slot_of);
   for (int64_t j = 0; j < grid.tile_rows; ++j)
-    for (int t = 0; t < grid.taps; ++t) {
-      const int64_t pixel = slot_of[j][t] * tile.columns + grid.tap[t].dx - smallest;
-      tile.offset[j][t] = static_cast<int32_t>(pixel * tile.pitch * static_cast<int64_t>(sizeof(BFloat16)));
-    }
+    for (int t = 0; t < grid.taps; ++t)
+      tile.offset[j][t] = static_cast<int32_t>((slot_of[j][t] * tile.columns + grid.tap[t].dx - smallest) * tile.pitch *
+                                               static_cast<int64_t>(sizeof(BFloat16)));
   return tile;
 }
 
@@ -265,10 +273,11 @@ class ByMatrixUnit {
         channels_in_(channels_in),
         channels_out_(channels_out),
         pitch_(round_up(channels_out, kUnitOutputs)),
+        taps_at_once_(static_cast<int>(larger(1, kWeightsAtOnce / tile_.pitch))),
         packed_(tile_.slots * tile_.columns * tile_.pitch),
-        sums_(2 * kUnitPixels * pitch_) {
+        sums_(columns() * pitch_) {
     // Of a row's last pixels, which may not be computed, whatever is read is not used.
-    for (int64_t i = 0; i < 2 * kUnitPixels * pitch_; ++i) sums_[i] = 0;
+    for (int64_t i = 0; i < columns() * pitch_; ++i) sums_[i] = 0;
   }
 
   int64_t rows() const { return grid_.tile_rows; }
@@ -284,51 +293,59 @@ class ByMatrixUnit {
   template <class Take>
   bool convolve(const View& input, const Place& place, int64_t first, const BFloat16* weights, const float* bias,
                 const Take& take) const {
-    for (int64_t slot = 0; slot < tile_.slots; ++slot) pack(input, place, first, slot);
-    UnitProduct p;
-    p.taps = grid_.taps;
-    p.steps = tile_.pitch / kUnitChannels;
-    p.pixel = grid_.in_stride * tile_.pitch * static_cast<int64_t>(sizeof(BFloat16));
-    p.weights_block = p.taps * p.steps * kUnitChannels * kUnitOutputs;
-    p.sums_pitch = pitch_;
+    pack(input, place, first);
     for (int64_t j = 0; j < place.rows; ++j) {
-      p.offset = tile_.offset[j];
-      for (int64_t x = 0; x < place.columns; x += 2 * kUnitPixels) {
-        p.in = reinterpret_cast<const char*>(packed_.data()) + x * p.pixel;
-        const bool both = x + kUnitPixels < place.columns;
-        for (int64_t o = 0; o < channels_out_; o += 2 * kUnitOutputs) {
-          p.weights = weights + o / kUnitOutputs * p.weights_block;
-          p.sums = sums_.data() + o;
-          if (o + kUnitOutputs < channels_out_) both ? multiply_by_unit<2, 2>(p) : multiply_by_unit<1, 2>(p);
-          else both ? multiply_by_unit<2, 1>(p) : multiply_by_unit<1, 1>(p);
-        }
-        give(take, bias, j, x);
-      }
+      for (int64_t o = 0; o < channels_out_; o += 2 * kUnitOutputs)
+        for (int t = 0; t < grid_.taps; t += taps_at_once_) multiply_row(place, j, o, t, weights);
+      for (int64_t x = 0; x < place.columns; x += 2 * kUnitPixels) give(take, sums_.data() + x * pitch_, bias, j, x);
     }
     return true;
   }
 
  private:
-  template <class Take>
-  void give(const Take& take, const float* bias, int64_t row, int64_t column) const {
-    take_channels(take, sums_.data(), pitch_, bias, row, column, channels_out_);
-  }
-  void give(const FinishPixels& take, const float* bias, int64_t row, int64_t column) const {
-    take_pixels(take, sums_.data(), pitch_, bias, row, column, 2 * kUnitPixels);
+  // Adds some taps, whose weights stay in the first-level cache, to a row of up to 32 outputs.
+  SAFNET_INLINE void multiply_row(const Place& place, int64_t j, int64_t o, int tap, const BFloat16* weights) const {
+    const int64_t steps = tile_.pitch / kUnitChannels, a_tap = steps * kUnitChannels * kUnitOutputs;
+    UnitProduct p;
+    p.offset = tile_.offset[j] + tap;
+    p.taps = tap + taps_at_once_ < grid_.taps ? taps_at_once_ : grid_.taps - tap;
+    p.steps = steps;
+    p.pixel = grid_.in_stride * tile_.pitch * static_cast<int64_t>(sizeof(BFloat16));
+    p.weights_block = grid_.taps * a_tap;
+    p.weights = weights + o / kUnitOutputs * p.weights_block + tap * a_tap;
+    p.first = tap == 0;
+    p.sums_pitch = pitch_;
+    const bool two = o + kUnitOutputs < channels_out_;
+    for (int64_t x = 0; x < place.columns; x += 2 * kUnitPixels) {
+      p.in = reinterpret_cast<const char*>(packed_.data()) + x * p.pixel;
+      p.sums = sums_.data() + x * pitch_ + o;
+      if (x + kUnitPixels < place.columns) two ? multiply_by_unit<2, 2>(p) : multiply_by_unit<2, 1>(p);
+      else two ? multiply_by_unit<1, 2>(p) : multiply_by_unit<1, 1>(p);
+    }
   }
 
-  // Packs one input row, zeros where it leaves the picture.
-  void pack(const View& input, const Place& place, int64_t first, int64_t slot) const {
-    const int64_t y = place.y * grid_.in_stride + tile_.slot_row[slot], pitch = tile_.pitch;
-    const int64_t x = place.x * grid_.in_stride + tile_.first_column;
+  template <class Take>
+  void give(const Take& take, const float* sums, const float* bias, int64_t row, int64_t column) const {
+    take_channels(take, sums, pitch_, bias, row, column, channels_out_);
+  }
+  void give(const FinishPixels& take, const float* sums, const float* bias, int64_t row, int64_t column) const {
+    take_pixels(take, sums, pitch_, bias, row, column, 2 * kUnitPixels);
+  }
+
+  // Packs the input of one tile, zeros where it leaves the picture.
+  void pack(const View& input, const Place& place, int64_t first) const {
+    const int64_t x = place.x * grid_.in_stride + tile_.first_column, pitch = tile_.pitch;
     const int64_t begin = smaller(larger(-x, 0), tile_.columns);
-    const int64_t most = y >= 0 && y < input.size[2] ? smaller(input.size[3] - x, tile_.columns) : 0;
-    const int64_t end = larger(begin, most);
-    BFloat16* const out = packed_.data() + slot * tile_.columns * pitch;
-    clear(out, begin * pitch);
-    if (begin < end)
-      pack_pixels(input, {place.n, y, x + begin, 1, end - begin}, first, channels_in_, out + begin * pitch, pitch);
-    clear(out + end * pitch, (tile_.columns - end) * pitch);
+    for (int64_t slot = 0; slot < tile_.slots; ++slot) {
+      const int64_t y = place.y * grid_.in_stride + tile_.slot_row[slot];
+      const bool inside = y >= 0 && y < input.size[2];
+      const int64_t end = inside ? larger(begin, smaller(input.size[3] - x, tile_.columns)) : begin;
+      BFloat16* const out = packed_.data() + slot * tile_.columns * pitch;
+      clear(out, begin * pitch);
+      if (begin < end)
+        pack_pixels(input, {place.n, y, x + begin, 1, end - begin}, first, channels_in_, out + begin * pitch, pitch);
+      clear(out + end * pitch, (tile_.columns - end) * pitch);
+    }
   }
 
   static void clear(BFloat16* out, int64_t count) {
@@ -338,6 +355,7 @@ class ByMatrixUnit {
   TapGrid grid_;
   UnitTile tile_;
   int64_t channels_in_, channels_out_, pitch_;
+  int taps_at_once_;
   UnitRegisters registers_;
   Scratch<BFloat16> packed_;
   Scratch<float> sums_;
