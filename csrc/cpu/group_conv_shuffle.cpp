@@ -263,10 +263,22 @@ bool has_pixels(const View& view) {
   return view.data == nullptr || (view.type == Type::kBFloat16 && channels_inside(view));
 }
 
-Pixels pixels_of(const ConvolutionArguments& a, const View& view, const Place& place) {
+// The pixels of a tile's outputs from channel `first` on in a tensor of the output's shape.
+Pixels pixels_of(const ConvolutionArguments& a, const View& view, const Place& place, int64_t first) {
   if (view.data == nullptr) return {};
-  BFloat16* const start = row<BFloat16>(view, place.n, 0, place.y + a.out_y) + (place.x + a.out_x) * view.stride[3];
+  BFloat16* const start = row<BFloat16>(view, place.n, first, place.y + a.out_y) + (place.x + a.out_x) * view.stride[3];
   return {start, a.grid.row_step * view.stride[2], view.stride[3]};
+}
+
+// Whether results are too many to be in a cache when they are read again, and lie in whole vectors: written past the
+// caches, their memory is not read before.
+bool goes_past_caches(const ConvolutionArguments& a) {
+  constexpr int64_t kMuch = int64_t{32} << 20, kVector = 32;  // bytes
+  const View& out = a.out;
+  const auto is_whole = [](int64_t numbers) { return numbers * static_cast<int64_t>(sizeof(BFloat16)) % kVector == 0; };
+  return a.groups == 1 && out.size[0] * out.size[1] * out.size[2] * out.size[3] >= kMuch / 2 && is_whole(out.size[1]) &&
+         is_whole(out.stride[0]) && is_whole(out.stride[2]) && is_whole(out.stride[3]) &&
+         reinterpret_cast<uintptr_t>(out.data) % kVector == 0;
 }
 
 bool convolve_and_finish(const ByMatrixUnit& method, const ConvolutionArguments& a, const Place& place, int64_t group,
@@ -274,13 +286,15 @@ bool convolve_and_finish(const ByMatrixUnit& method, const ConvolutionArguments&
   const int64_t first = group * a.channels_in;
   if (has_rows<BFloat16>(a.out) && has_rows<BFloat16>(a.residual))
     return method.convolve(a.input, place, first, weights, bias, finish_rows<BFloat16>(a, place, group, slopes));
-  if (a.groups > 1 || !has_pixels(a.out) || !has_pixels(a.residual)) return false;
-  const FinishPixels finish{pixels_of(a, a.out, place),
-                            pixels_of(a, a.residual, place),
+  if (!has_pixels(a.out) || !has_pixels(a.residual)) return false;
+  const FinishPixels finish{pixels_of(a, a.out, place, a.shuffled ? group : group * a.channels_out),
+                            pixels_of(a, a.residual, place, group * a.channels_out),
                             a.slope == nullptr ? nullptr : slopes,
                             place.rows,
                             place.columns,
-                            a.channels_out};
+                            a.channels_out,
+                            a.shuffled ? a.groups : 1,
+                            goes_past_caches(a)};
   return method.convolve(a.input, place, first, weights, bias, finish);
 }
 #endif

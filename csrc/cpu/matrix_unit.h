@@ -51,7 +51,10 @@ class UnitRegisters {
     // Not by its intrinsic, which does not tell GCC 12 that all of the memory is read.
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
-  SAFNET_BY_UNIT ~UnitRegisters() { _tile_release(); }
+  SAFNET_BY_UNIT ~UnitRegisters() {
+    _tile_release();
+    _mm_sfence();  // what was written past the caches is there for others
+  }
   UnitRegisters(const UnitRegisters&) = delete;
   UnitRegisters& operator=(const UnitRegisters&) = delete;
 };
@@ -130,7 +133,8 @@ SAFNET_INLINE void transpose(__m512i (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// Pixels of channels_last tensors: of a tile's first row and column, and the distances of others.
+// Pixels of channels_last tensors: of a group's first channel in a tile's first row and column, and the distances of
+// others.
 struct Pixels {
   BFloat16* data;
   int64_t row, pixel;
@@ -138,31 +142,59 @@ struct Pixels {
   SAFNET_INLINE BFloat16* at(int64_t j, int64_t x) const { return data + j * row + x * pixel; }
 };
 
-// As FinishRows of finish.h, of all channels of a pixel.
+// As FinishRows of finish.h, of a group's channels of a pixel, which lie `step` apart in the output.
 struct FinishPixels {
   Pixels out, residual;
   const float* slopes;
-  int64_t rows, columns, channels;
+  int64_t rows, columns, channels, step;
+  bool past_caches;  // write past the caches: rows of whole vectors, 32 bytes each
 };
 
 // Makes results of the sums of a block of pixels, [pixel][output]. `bias` and slopes are readable to whole vectors.
 __attribute__((noinline)) void take_pixels(const FinishPixels& finish, const float* sums, int64_t pitch,
                                            const float* bias, int64_t row, int64_t column, int64_t pixels) {
-  pixels = smaller(pixels, finish.columns - column);
   for (int64_t o = 0; o < finish.channels; o += kUnitOutputs) {
-    const int64_t count = smaller(kUnitOutputs, finish.channels - o);
     const Vector<float> start = vector_at(bias + o);
     const Vector<float> slope = finish.slopes == nullptr ? Vector<float>{} + 1.0f : vector_at(finish.slopes + o);
-    const float* from = sums + o;
-    BFloat16* to = finish.out.at(row, column) + o;
-    const auto finish_all = [&](int64_t outputs, const BFloat16* added, int64_t next) {
-      for (int64_t i = 0; i < pixels; ++i, from += pitch, to += finish.out.pixel, added += next)
-        finish_vector(vector_at(from) + start, next == 0 ? nullptr : added, slope, outputs, to);
+    BFloat16* const to = finish.out.at(row, column) + o * finish.step;
+    const BFloat16* const added = finish.residual.data == nullptr ? nullptr : finish.residual.at(row, column) + o;
+    const auto finish_with = [&](const auto& put) {
+      for (int64_t i = 0; i < pixels; ++i)
+        put(vector_at(sums + i * pitch + o) + start, added == nullptr ? nullptr : added + i * finish.residual.pixel,
+            to + i * finish.out.pixel);
     };
-    const BFloat16* const residual = finish.residual.data == nullptr ? nullptr : finish.residual.at(row, column) + o;
-    if (count < kUnitOutputs) finish_all(count, residual, residual == nullptr ? 0 : finish.residual.pixel);
-    else if (residual == nullptr) finish_all(kUnitOutputs, nullptr, 0);
-    else finish_all(kUnitOutputs, residual, finish.residual.pixel);
+    const int64_t count = smaller(kUnitOutputs, finish.channels - o);
+    if (finish.step > 1) {
+      finish_with([&](const Vector<float>& sum, const BFloat16* more, BFloat16* out) {
+        BFloat16 part[kUnitOutputs];
+        finish_vector(sum, more, slope, count, part);
+        for (int64_t m = 0; m < count; ++m) out[m * finish.step] = part[m];
+      });
+    } else if (count == kUnitOutputs) {
+      finish_with([&](const Vector<float>& sum, const BFloat16* more, BFloat16* out) {
+        finish_vector(sum, more, slope, kUnitOutputs, out);
+      });
+    } else {
+      finish_with([&](const Vector<float>& sum, const BFloat16* more, BFloat16* out) {
+        finish_vector(sum, more, slope, count, out);
+      });
+    }
+  }
+}
+
+// The same of whole vectors, past the caches: pixel by pixel, as lines of memory have to be written at once.
+__attribute__((noinline)) void stream_pixels(const FinishPixels& finish, const float* sums, int64_t pitch,
+                                             const float* bias, int64_t row, int64_t column, int64_t pixels) {
+  const Vector<float> one = Vector<float>{} + 1.0f;
+  for (int64_t i = 0; i < pixels; ++i, sums += pitch) {
+    BFloat16* const to = finish.out.at(row, column + i);
+    const BFloat16* const added = finish.residual.data == nullptr ? nullptr : finish.residual.at(row, column + i);
+    for (int64_t o = 0; o < finish.channels; o += kUnitOutputs) {
+      alignas(32) BFloat16 part[kUnitOutputs];
+      finish_vector(vector_at(sums + o) + vector_at(bias + o), added == nullptr ? nullptr : added + o,
+                    finish.slopes == nullptr ? one : vector_at(finish.slopes + o), kUnitOutputs, part);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + o), *reinterpret_cast<const __m256i*>(part));
+    }
   }
 }
 
@@ -329,7 +361,8 @@ class ByMatrixUnit {
     take_channels(take, sums, pitch_, bias, row, column, channels_out_);
   }
   void give(const FinishPixels& take, const float* sums, const float* bias, int64_t row, int64_t column) const {
-    take_pixels(take, sums, pitch_, bias, row, column, 2 * kUnitPixels);
+    const int64_t pixels = smaller(2 * kUnitPixels, take.columns - column);
+    (take.past_caches ? stream_pixels : take_pixels)(take, sums, pitch_, bias, row, column, pixels);
   }
 
   // Packs the input of one tile, zeros where it leaves the picture.
