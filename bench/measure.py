@@ -1,6 +1,7 @@
 """Measuring: times taken in turns, peak memory, what this machine can do, and who else was using it."""
 
 import ctypes
+import importlib
 import os
 import platform
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from safnet.evaluation.timing import device_name, peak_memory_of
+from safnet_ops import backends
 
 CPU = torch.device("cpu")
 
@@ -151,6 +153,7 @@ def machine() -> dict[str, str]:
     facts = {
         "processor": device_name(CPU),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "C++ kernels": _kernels(),
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()}, {' '.join(platform.libc_ver())}".rstrip(", "),
         "python": platform.python_version(),
@@ -158,6 +161,13 @@ def machine() -> dict[str, str]:
     }
     switches = [f"{name}={os.environ[name]}" for name in MEMORY_SWITCHES if name in os.environ]
     return facts | {"memory": ", ".join(switches) or "the system's ordinary pages, no allocator switches"}
+
+
+def _kernels() -> str:
+    """The instruction set that the C++ kernels use here."""
+    if not backends.serves("group_conv_shuffle", "cpp"):
+        return "none"
+    return str(importlib.import_module("safnet_ops._C").instruction_set())
 
 
 # They change how fast fresh memory is: by much, where results are large.

@@ -163,6 +163,7 @@ def contenders() -> list[Contender]:
         Contender(OURS, plain),
         Contender(f"{OURS}, in one Workspace", keeping_memory),
         Contender(OURS, plain, torch.bfloat16),
+        Contender(f"{OURS}, in one Workspace", keeping_memory, torch.bfloat16),
         Contender(REFERENCE, on_reference),
         Contender("stock PyTorch", stock),
         Contender("stock PyTorch, channels_last", stock_channels_last),

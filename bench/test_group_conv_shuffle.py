@@ -63,6 +63,8 @@ CASES = [
     conv_case(120, 120, DECODER, layout=LAST),
     conv_case(80, 80, PICTURE),
     conv_case(80, 80, PICTURE, layout=LAST),
+    conv_case(80, 80, PICTURE, dtype=torch.bfloat16, reported=("forward",)),
+    conv_case(80, 80, PICTURE, dtype=torch.bfloat16, layout=LAST, reported=("forward",)),
     conv_case(80, 80, PICTURE, dilation=4, reported=()),
     conv_case(27, 32, PICTURE),
     conv_case(27, 32, PICTURE, layout=LAST),

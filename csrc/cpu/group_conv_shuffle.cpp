@@ -560,10 +560,13 @@ bool winograd_serves(const TapGrid& grid, int64_t pictures, int64_t channels_in,
 
 constexpr int64_t kLeastFor2x2 = 64, kLeastFor4x4 = 256, kLeastOfFew = 4096;  // outputs
 constexpr int64_t kManyChannels = 4, kFewChannels = 1;
+constexpr int64_t kLeastForUnit = 48;  // pairs of channels: of fewer its registers stay nearly empty
 
 // Double is for those who want its precision: F(4x4, 3x3) loses some of it.
 Method method_of(const ConvolutionArguments& a) {
-  if (a.input.type == Type::kBFloat16 && instruction_set() == InstructionSet::kAmx) return Method::kMatrixUnit;
+  if (a.input.type == Type::kBFloat16 && instruction_set() == InstructionSet::kAmx &&
+      a.channels_in * a.channels_out >= kLeastForUnit)
+    return Method::kMatrixUnit;
   const auto serves = [&](int64_t least, int64_t fewest) {
     return a.out_stride == 1 && winograd_serves(a.grid, a.input.size[0], a.channels_in, a.channels_out, least, fewest);
   };

@@ -57,20 +57,25 @@ def test_info_names_every_operator_and_every_missing_backend():
             assert f"{backend} is missing" in text
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2"])
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "amx"]
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_instruction_sets_agree(name):
     """The kernels of a lesser instruction set, asked for by the environment, compute the same within rounding."""
     from safnet_ops import _C
 
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(_C.instruction_set()) < order.index(name):
+    if INSTRUCTION_SETS.index(_C.instruction_set()) < INSTRUCTION_SETS.index(name):
         pytest.skip(f"this processor does not run {name}")
     program = (
         "import torch, safnet_ops; from safnet_ops import _C; torch.manual_seed(0);"
         "x, f = torch.randn(1, 5, 33, 70), torch.randn(1, 2, 33, 70) * 3;"
         "error = (safnet_ops.backward_warp(x, f).double()"
         " - safnet_ops.reference.backward_warp(x.double(), f.double())).abs().max().item();"
-        "print(_C.instruction_set(), error < 1e-4)"
+        "x, w = torch.randn(1, 40, 33, 70).bfloat16(), (torch.randn(20, 40, 3, 3) / 19).bfloat16();"
+        "coarse = (safnet_ops.group_conv_shuffle(x, w).double()"
+        " - safnet_ops.reference.group_conv_shuffle(x.double(), w.double())).abs().max().item();"
+        "print(_C.instruction_set(), error < 1e-4 and coarse < 0.02)"
     )
     environment = {**os.environ, "SAFNET_OPS_ISA": name}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

@@ -205,14 +205,15 @@ def test_empty_batch(layout):
     "geometry", [(3, 12, 24, 1, 1), (3, 24, 24, 1, 1), (3, 24, 24, 1, 2), (3, 24, 24, 1, 4)], ids=str
 )
 @pytest.mark.parametrize("height", [5, 37])
-def test_nan_and_infinity_stay_where_they_belong(value, layout, geometry, height):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_infinity_stay_where_they_belong(value, layout, geometry, height, dtype):
     """A pixel reaches 3x3 outputs and no others, in every column: the last share vectors with what is not there.
 
     An infinite one, and one that a sum overflows with, makes them infinite and not NaN.
     """
     dilation, middle = geometry[-1], height // 2
     for x in range(45, 53):
-        input, weight, bias, prelu_weight, residual = make((height, 53), 1, geometry)
+        input, weight, bias, prelu_weight, residual = make((height, 53), 1, geometry, dtype)
         input[0, 0, middle, x] = value
         weight, prelu_weight = weight.abs() + 2, prelu_weight + 0.1
         out = bound(safnet_ops.group_conv_shuffle, geometry)(layout(input), weight, bias, prelu_weight, residual)
@@ -355,6 +356,36 @@ def test_deterministic_over_runs_and_threads(layout, geometry):
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("size", [(840, 500), (67, 203)], ids=str)
+def test_layouts_and_threads_agree_in_bfloat16(size, groups, given):
+    """To the bit. The larger results, of more than 32 MiB, are written past the caches in channels_last."""
+    input, weight, bias, slopes, residual = make(size, 1, (groups, 48, 48, 1, 2), torch.bfloat16)
+    results = []
+    threads = torch.get_num_threads()
+    for count, layout in ((2, contiguous), (2, channels_last), (1, channels_last), (1, contiguous)):
+        torch.set_num_threads(count)
+        options = {"prelu_weight": slopes, "residual": layout(residual)} if given else {}
+        found = safnet_ops.group_conv_shuffle(layout(input), weight, bias, groups=groups, dilation=2, **options)
+        assert found.is_contiguous(memory_format=torch.channels_last) == (layout is channels_last)
+        results.append(found)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_slices_in_bfloat16():
+    """Pixels that begin between vectors, and lie further apart than their channels."""
+    input, weight, bias, slopes, residual = make((630, 400), 1, (1, 70, 70, 1, 1), torch.bfloat16)
+    whole = safnet_ops.group_conv_shuffle(input[:, 3:67], weight[:64, 3:67], bias[:64], slopes[:64])
+    last = channels_last(input)[:, 3:67]
+    assert last.stride(1) == 1
+    assert torch.equal(safnet_ops.group_conv_shuffle(last, weight[:64, 3:67], bias[:64], slopes[:64]), whole)
+    added = safnet_ops.group_conv_shuffle(last, weight[:64, 3:67], residual=channels_last(residual)[:, 5:69])
+    expected = safnet_ops.group_conv_shuffle(input[:, 3:67], weight[:64, 3:67], residual=residual[:, 5:69])
+    assert torch.equal(added, expected)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 import safnet_ops
 from safnet.model import SAFNet
 from safnet_ops import backends, group_conv_shuffle
+from safnet_ops.workspace import concatenate
 
 pytestmark = pytest.mark.skipif(not backends.serves("group_conv_shuffle", "cpp"), reason="no C++ kernels")
 
@@ -202,6 +203,46 @@ assert kept.sum() == 0
 del kept
 assert in_use() - before < 8 << 20, in_use() - before
 """)
+
+
+PARTS = [torch.randn(2, channels, 96, 128) for channels in (40, 6, 20)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_concatenation(dtype, layout):
+    parts = [PARTS[0].to(dtype), PARTS[1].contiguous(memory_format=torch.channels_last), PARTS[2].transpose(2, 3)]
+    parts[2] = parts[2].contiguous().transpose(2, 3)
+    expected = torch.cat([part.to(dtype) for part in parts], 1)
+    with safnet_ops.Workspace() as memory:
+        for _ in range(3):
+            found = concatenate(parts, dtype, layout)
+            assert torch.equal(found, expected)
+            assert found.dtype == dtype
+            assert found.is_contiguous(memory_format=layout)
+        assert memory.bytes <= 2 * (expected.nbytes + (2 << 20))  # whole huge pages
+    alone = concatenate(parts, dtype, layout)
+    assert torch.equal(alone, expected)
+    assert alone.is_contiguous(memory_format=layout)
+
+
+def test_a_concatenation_takes_memory_that_is_there(workspace):
+    first = concatenate(PARTS, torch.float32).data_ptr()
+    assert concatenate(PARTS, torch.float32).data_ptr() == first
+    kept = concatenate(PARTS, torch.float32)
+    expected = kept.clone()
+    assert concatenate([-part for part in PARTS], torch.float32).data_ptr() != kept.data_ptr()
+    assert torch.equal(kept, expected)
+
+
+def test_a_concatenation_is_differentiated(workspace):
+    parts = [part.clone().requires_grad_() for part in PARTS]
+    concatenate(parts, torch.float32).square().sum().backward()
+    assert all(torch.equal(part.grad, 2 * part) for part in parts)
+    _, tangent = torch.func.jvp(lambda part: concatenate([part, PARTS[1]], torch.float32), (PARTS[0],), (PARTS[0],))
+    assert torch.equal(tangent[:, :40], PARTS[0])
+    batched = torch.func.vmap(lambda part: concatenate([part, PARTS[1]], torch.float32))(PARTS[0][None])
+    assert torch.equal(batched[0], torch.cat(PARTS[:2], 1))
 
 
 def test_one_that_lives_on_keeps_its_memory():
