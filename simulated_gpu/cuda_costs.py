@@ -39,6 +39,7 @@ ARCHITECTURES = {  # compute capability: warps and blocks an SM holds (CUDA C++ 
 }
 REGISTERS_OF_SM = 65536
 GPU = "H100"
+OTHERS = ("A100", "A30", "RTX4090")
 
 
 @dataclass(frozen=True)
@@ -370,6 +371,7 @@ def cost_row(name: str, height: int, width: int, stats: list[Stats], compulsory:
         f"{tensor:.0%}" if tensor else "-",
         bounds[main].bound,
         f"{seconds * 1e6:.1f}",
+        " / ".join(f"{sum(ptxsim.roofline(s, gpu).seconds for s in stats) * 1e6:.0f}" for gpu in OTHERS),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -390,6 +392,7 @@ TITLES = (
     "tensor pipe",
     "bound by",
     "modelled us",
+    " / ".join(OTHERS),
 )
 
 
@@ -410,7 +413,8 @@ def all_cost_rows(folder: Path, so_far: bool = False, only: str = "") -> list[st
                 torch.manual_seed(2407)
                 return cost_rows(case, simulated.device())
 
-            words = (case.name, str(case.sizes), str(case.simulated), inspect.getsource(case.prepare))
+            rates = str([ptxsim.GPUS[gpu] for gpu in (GPU, *OTHERS)])
+            words = (case.name, str(case.sizes), str(case.simulated), rates, inspect.getsource(case.prepare))
             found = cached(source, (*words, inspect.getsource(cost_row)), compute, so_far)
             rows += found or [f"| {case.name} | not computed yet |{' |' * (len(TITLES) - 2)}"]
     return rows

@@ -42,8 +42,9 @@ were extrapolated linearly to the size of the row. The time is the roofline boun
 peak rate, no latency, no launch overhead, launches one after the other. Bytes are the 32-byte sectors that a launch
 touches, each once, summed over an operator's launches, against inputs read once and outputs written once; at borders of
 small pictures flows point outside, which saves some. `bound by` is the unit that limits the longest launch. `tensor pipe`
-is the share of the modelled time that the tensor cores are busy. Convolutions: decoder 120 -> 120 channels in 3 groups,
-refine 80 -> 80 channels.
+is the share of the modelled time that the tensor cores are busy, at the rate of `mma.sync`: on an H100 62.9 % of the data
+sheet's, which only `wgmma` reaches (arXiv 2402.13499). The last column is the time on other
+GPUs. Convolutions: decoder 120 -> 120 channels in 3 groups, refine 80 -> 80 channels.
 
 {cost_table(rows)}
 

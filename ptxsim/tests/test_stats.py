@@ -75,7 +75,23 @@ def test_roofline_names_the_limit():
     s = count("mov.f32 %f1, 0f3F800000;" + "fma.rn.f32 %f1, %f1, %f1, %f1;" * 200 + "st.global.f32 [%o], %f1;", 1024)
     h = ptxsim.roofline(s, "RTX4090")
     assert h.bound in ("FP32", "issue") and h.ratio > 1 and h.seconds == max(h.limits.values())
-    assert set(ptxsim.GPUS) >= {"H100", "A100", "RTX4090"}
+    assert set(ptxsim.GPUS) == {"H100", "A100", "A30", "B200", "L4", "RTX4090"}
+
+
+@pytest.mark.parametrize(("gpu", "rate"), [("A100", 312e12), ("A30", 165e12), ("H100", 0.629 * 989e12)])
+def test_tensor_cores_work_at_the_rate_of_the_warps_instruction(gpu, rate):
+    sums, a, b = "{%f1,%f2,%f3,%f4}", "{%r1,%r2,%r3,%r4}", "{%r5,%r6}"
+    stats = count(f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {a}, {b}, {sums};" * 50, 32)
+    assert stats.tensor_flops == {"f16": 50 * 2 * 16 * 8 * 16}
+    of_one_sm = rate / ptxsim.GPUS[gpu].sms
+    assert ptxsim.roofline(stats, gpu).limits["tensor"] == pytest.approx(50 * 2 * 16 * 8 * 16 / of_one_sm)
+
+
+def test_no_gpu_is_taken_to_do_more_than_its_registers_feed():
+    """mma.sync reads its factors from registers: no GPU's is faster an SM and clock than the fastest one measured, Hopper's."""
+    fastest = 0.629 * 989e12 / (132 * 1.98e9)
+    for gpu in ptxsim.GPUS.values():
+        assert gpu.tensor["f16"] * gpu.mma / (gpu.sms * gpu.clock) <= fastest * 1.01
 
 
 @pytest.mark.parametrize(
